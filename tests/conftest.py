@@ -1,0 +1,54 @@
+"""One fixture over every backend, random inputs on every run, and poisoned outputs."""
+
+from __future__ import annotations
+
+import os
+import random
+import zlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import nf4
+from nf4.ops import BACKENDS
+
+SEED = int(os.environ.get("NF4_TEST_SEED", random.SystemRandom().randrange(2**31)))
+
+
+def pytest_report_header() -> list[str]:
+    status = nf4.available_backends()
+    lines = [f"nf4 {nf4.__version__}, torch {torch.__version__}; repeat with NF4_TEST_SEED={SEED}"]
+    lines += [f"backend {n}: {'usable' if s else s.reason}" for n, s in status.items()]
+    return lines
+
+
+@pytest.fixture(autouse=True)
+def _seed_and_poison(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A seed of its own for every test, and NaN in fresh memory, so that a missed store fails."""
+    torch.manual_seed(zlib.crc32(f"{SEED}{request.node.nodeid}".encode()))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of each backend in turn; its calls are forced to it."""
+    name = request.param
+    status = nf4.available_backends()[name]
+    if not status:
+        pytest.skip(f"backend {name}: {status.reason}")
+    with nf4.use_backend(name):
+        yield name
+
+
+@pytest.fixture
+def device(backend: str) -> torch.device:
+    """A device that the backend runs on, a GPU where there is a choice."""
+    from nf4.backends import _BY_NAME
+
+    kinds = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+    module = _BY_NAME[backend]
+    return next(torch.device(k) for k in kinds if module.unsupported(torch.device(k)) is None)
