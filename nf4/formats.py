@@ -10,7 +10,8 @@ padded with the code of zero. An 8-bit format stores one code a byte.
 
 Quantization rule (identical on every backend, bit for bit), in IEEE float32:
 
-* ``absmax`` is the largest magnitude of the block.
+* ``absmax`` is the largest magnitude of the block; NaN if the block holds one (the largest of the
+  magnitudes' bit patterns as unsigned integers is both).
 * ``v = x * (1 / max(absmax, ABSMAX_FLOOR))``.
 * A short last block of a 4-bit format divides instead, ``v = x / max(absmax, ABSMAX_FLOOR)``,
   and stores that maximum. (bitsandbytes' CPU path does the same; 8-bit formats have no such case.)

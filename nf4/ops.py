@@ -11,8 +11,8 @@ Conventions shared by all schemas:
   ``[blocks]``; uint8 codes when nested), ``nested_absmax`` (float32 ``[ceil(blocks / 256)]``) and
   ``offset`` (float32, 0-dim), the last two None when not nested, with ``block_size`` and ``format``
   (``nf4.formats.Format.id``).
-* ``x`` is ``[..., K]`` and ``grad_y`` is ``[..., N]``, float32, float16 or bfloat16; outputs are new
-  tensors of that dtype. Strided inputs are made contiguous by the backend.
+* ``x`` is ``[..., K]`` and ``grad_y`` is ``[..., N]``, float32, float16 or bfloat16; outputs are
+  new tensors of that dtype. Strided inputs are made contiguous by the backend.
 * ``lora_a`` is ``[r, K]`` and ``lora_b`` is ``[N, r]``, of one dtype, which may differ from x's.
 * ``seed`` is int64 ``[1]`` on x's device, needed when ``dropout_p > 0``. Element ``e`` of the
   flattened x is kept when word ``e % 4`` of ``Philox4x32-10(key=seed, counter=e // 4)`` is at

@@ -82,7 +82,7 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _scales(absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None) -> Tensor:
     """float32 scale of each block."""
-    if nested_absmax is None:
+    if nested_absmax is None or offset is None:
         return absmax
     codes, _, _ = _tables(formats.DYNAMIC8.id, absmax.device)
     nested = nested_absmax.repeat_interleave(formats.NESTED_BLOCK_SIZE)[: absmax.numel()]

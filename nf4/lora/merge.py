@@ -1,0 +1,117 @@
+"""Fold adapters into the weights of a model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from nf4.nn.linear import Linear4bitLoRA, NF4Linear
+
+Base = str | os.PathLike[str] | Mapping[str, Tensor]
+
+
+def merge_and_unload(
+    model: nn.Module,
+    into: str = "16bit",
+    *,
+    base: Base | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Fold every adapter into its weight and replace the layers, in place, one by one.
+
+    ``into="16bit"`` makes ``nn.Linear`` layers of ``dtype`` (None: the dtype quantized from),
+    rounding ``W + scaling B A``, summed in float32, once. ``into="nf4"`` makes ``NF4Linear``
+    layers of ``Q(W + scaling B A)`` and leaves layers without an adapter as they are.
+
+    ``base`` says what W is: a directory of safetensors files (or one file) with the 16-bit
+    weights, or a state dict of them; None takes the dequantized weights. For "16bit" the
+    dequantized weight is what the adapter was trained against. For "nf4" pass the 16-bit base:
+    requantizing a dequantized weight loses nearly all of a small adapter. Returns ``model``.
+    Raises KeyError when ``base`` lacks a weight, before anything changes.
+    """
+    if into not in ("16bit", "nf4"):
+        raise ValueError(f"nf4.merge_and_unload: into must be '16bit' or 'nf4', got {into!r}")
+    kind = NF4Linear if into == "16bit" else Linear4bitLoRA
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, kind)]
+    read = _reader(base, [name for name, _ in layers])
+    for name, layer in layers:
+        weight = None if read is None else read(name)
+        if weight is not None and layer.fan_in_fan_out:
+            weight = weight.T
+        if into == "16bit":
+            new: nn.Module = _to_16bit(layer, weight, dtype)
+        else:
+            assert isinstance(layer, Linear4bitLoRA)
+            layer.merge(weight)
+            new = NF4Linear.from_quantized(
+                layer.q,
+                layer.bias,
+                compute_dtype=layer.compute_dtype,
+                fan_in_fan_out=layer.fan_in_fan_out,
+            ).train(layer.training)
+        model.set_submodule(name, new)
+    return model
+
+
+@torch.no_grad()
+def _to_16bit(layer: NF4Linear, base: Tensor | None, dtype: torch.dtype | None) -> nn.Module:
+    if isinstance(layer, Linear4bitLoRA):
+        layer.unmerge()
+    if base is None:
+        weight = layer.dequantize(torch.float32)
+    else:
+        weight = base.to(layer.weight.device, torch.float32)
+    if isinstance(layer, Linear4bitLoRA):
+        weight = weight + layer.delta_weight()
+    return layer.with_weight(weight.to(dtype or layer.weight_dtype))
+
+
+def _reader(base: Base | None, names: list[str]) -> Callable[[str], Tensor] | None:
+    """A function from a module's name to its 16-bit weight, one tensor in memory at a time."""
+    if base is None:
+        return None
+    if isinstance(base, Mapping):
+        _require(names, set(base))
+        return lambda name: base[f"{name}.weight"]
+    files = _weight_files(Path(base))
+    _require(names, set(files))
+
+    def read(name: str) -> Tensor:
+        key = f"{name}.weight"
+        with safe_open(files[key], framework="pt") as file:
+            return file.get_tensor(key)
+
+    return read
+
+
+def _require(names: list[str], keys: set[str]) -> None:
+    missing = [f"{name}.weight" for name in names if f"{name}.weight" not in keys]
+    if missing:
+        raise KeyError(
+            f"nf4.merge_and_unload: base must hold every merged weight, {len(missing)} missing, "
+            f"first {missing[0]!r}"
+        )
+
+
+def _weight_files(path: Path) -> dict[str, Path]:
+    """The safetensors file of each tensor under ``path``."""
+    if path.is_file():
+        shards = [path]
+    else:
+        index = path / "model.safetensors.index.json"
+        if index.exists():
+            return {k: path / v for k, v in json.loads(index.read_text())["weight_map"].items()}
+        shards = sorted(path.glob("*.safetensors"))
+    if not shards:
+        raise FileNotFoundError(f"nf4.merge_and_unload: no safetensors file in {path}")
+    files = {}
+    for shard in shards:
+        with safe_open(shard, framework="pt") as file:
+            files.update(dict.fromkeys(file.keys(), shard))
+    return files

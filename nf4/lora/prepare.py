@@ -1,0 +1,149 @@
+"""Quantize a model in place and give it LoRA adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from nf4.config import NF4Config
+from nf4.lora.config import LoraConfig, matches
+from nf4.nn.linear import Linear4bitLoRA, NF4Linear, is_conv1d
+
+
+def prepare_model(
+    model: nn.Module,
+    quantization: NF4Config | None = None,
+    lora: LoraConfig | Any | None = None,
+    *,
+    progress: bool = True,
+) -> nn.Module:
+    """Quantize the linear layers of ``model`` in place, one by one, and add LoRA adapters.
+
+    Every ``nn.Linear`` and transformers ``Conv1D`` becomes an ``NF4Linear``, or a
+    ``Linear4bitLoRA`` where ``lora`` (an nf4 or peft ``LoraConfig``; None adds none) targets it.
+    Layers that are quantized already keep their bytes. All other parameters are frozen, but for
+    the biases that ``lora.bias`` names. Peak memory is the model's plus one layer. Returns
+    ``model``. Raises ValueError when ``lora`` targets nothing, and for NaN or infinite weights,
+    naming the module.
+    """
+    quantization = quantization or NF4Config()
+    lora = None if lora is None else LoraConfig.coerce(lora)
+    skip = quantization.modules_to_not_convert
+    if skip is None:
+        skip = _output_head(model)
+    names = [n for n, m in model.named_modules() if _is_linear(m) and not matches(n, skip)]
+    if lora is not None and not any(lora.targets(name) for name in names):
+        some = ", ".join(names[:8]) or "none"
+        raise ValueError(
+            f"nf4.prepare_model: lora.target_modules must match a linear layer, "
+            f"got {lora.target_modules!r} (layers: {some})"
+        )
+    model.requires_grad_(False)
+    for name in _bar(names, "Quantizing", progress):
+        old = model.get_submodule(name)
+        target = lora is not None and lora.targets(name)
+        model.set_submodule(name, _replacement(name, old, quantization, lora if target else None))
+        del old
+    if lora is not None:
+        train_biases(model, lora)
+    return model
+
+
+def train_biases(model: nn.Module, lora: LoraConfig) -> None:
+    """Let the biases train that ``lora.bias`` names."""
+    for module in model.modules():
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, nn.Parameter):
+            on_adapter = isinstance(module, Linear4bitLoRA)
+            if lora.bias == "all" or (lora.bias == "lora_only" and on_adapter):
+                bias.requires_grad_(True)
+
+
+def _replacement(
+    name: str, old: nn.Module, quantization: NF4Config, lora: LoraConfig | None
+) -> NF4Linear:
+    lora_kwargs = {} if lora is None else lora.layer_kwargs()
+    kind = NF4Linear if lora is None else Linear4bitLoRA
+    if isinstance(old, NF4Linear):
+        if lora is None or isinstance(old, Linear4bitLoRA):
+            return old
+        new = kind.from_quantized(
+            old.q,
+            old.bias,
+            compute_dtype=old.compute_dtype,
+            fan_in_fan_out=old.fan_in_fan_out,
+            **lora_kwargs,
+        )
+        return new.train(old.training)
+    try:
+        new = kind.from_linear(old, **quantization.layer_kwargs(), **lora_kwargs)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return new
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # Exactly nn.Linear: a subclass may compute something else.
+    return type(module) is nn.Linear or isinstance(module, NF4Linear) or is_conv1d(module)
+
+
+def _output_head(model: nn.Module) -> list[str]:
+    """Names of the output projection, which QLoRA leaves 16-bit."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    names = [name for name, module in model.named_modules() if head is not None and module is head]
+    return names or ["lm_head"]
+
+
+def _bar(items: list[str], label: str, show: bool) -> Iterable[str]:
+    if not show:
+        return items
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:  # tqdm comes with transformers; without it there is no bar
+        return items
+    return tqdm(items, desc=label, unit="layer", disable=None)
+
+
+def adapter_layers(model: nn.Module) -> Iterator[tuple[str, Linear4bitLoRA]]:
+    """``(name, module)`` of every ``Linear4bitLoRA`` in ``model``."""
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bitLoRA):
+            yield name, module
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """``(trainable, all)`` parameters, a quantized weight counted by its elements."""
+    packed = {id(m.weight): m.q.numel() for m in model.modules() if isinstance(m, NF4Linear)}
+    trainable = total = 0
+    for parameter in model.parameters():
+        count = packed.get(id(parameter), parameter.numel())
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print how many parameters train, of how many, in PEFT's form."""
+    trainable, total = count_parameters(model)
+    share = 100 * trainable / max(total, 1)
+    print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")
+
+
+def prepare_for_qlora(model: nn.Module) -> nn.Module:
+    """Freeze a quantized model and turn on gradient checkpointing, without any upcast.
+
+    Unlike PEFT's ``prepare_model_for_kbit_training`` it leaves embeddings and head in 16 bits, and
+    checkpoints without reentrancy, so no input needs a gradient. Adapters stay trainable.
+    """
+    trainable = {id(p) for _, m in adapter_layers(model) for p in (m.lora_A, m.lora_B)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trainable)
+    enable = getattr(model, "gradient_checkpointing_enable", None)
+    if enable is not None:
+        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    config: Any = getattr(model, "config", None)
+    if config is not None:
+        config.use_cache = False
+    return model
