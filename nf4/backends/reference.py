@@ -14,6 +14,7 @@ from torch import Tensor
 from nf4 import formats
 
 NAME = "reference"
+_LOW32 = 0xFFFFFFFF
 
 
 def unsupported(device: torch.device) -> str | None:
@@ -175,25 +176,35 @@ def linear_backward(
     return (grad_y.to(dtype) @ w).to(grad_y.dtype)
 
 
+def philox4x32_10(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four output words for four counter words and two key words, all 32 bits in int64.
+
+    Philox4x32-10 of Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # int64 wraps, so the high word of a 32x32 product comes from 16-bit halves.
+        hi0, lo0 = _mul32(c0, 0xD2511F53)
+        hi1, lo1 = _mul32(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + 0x9E3779B9) & _LOW32, (k1 + 0xBB67AE85) & _LOW32
+    return c0, c1, c2, c3
+
+
 def dropout_mask(shape: torch.Size, dropout_p: float, seed: Tensor) -> Tensor:
     """Multiplier of each element: 0 where dropped, ``1 / (1 - dropout_p)`` where kept.
 
-    float32, on the seed's device. The rule stands in ``nf4.ops``; the generator is Philox4x32-10 of
-    Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011), in int64 arithmetic.
+    float32, on the seed's device. The rule stands in ``nf4.ops``.
     """
-    low32 = 0xFFFFFFFF
     n = shape.numel()
     block = torch.arange(-(-n // 4), dtype=torch.int64, device=seed.device)
-    c = [block & low32, block >> 32, torch.zeros_like(block), torch.zeros_like(block)]
-    k0, k1 = seed[0] & low32, (seed[0] >> 32) & low32
-    for _ in range(10):
-        # int64 wraps, so the high word of a 32x32 product comes from 16-bit halves.
-        hi0, lo0 = _mul32(c[0], 0xD2511F53)
-        hi1, lo1 = _mul32(c[2], 0xCD9E8D57)
-        c = [hi1 ^ c[1] ^ k0, lo1, hi0 ^ c[3] ^ k1, lo0]
-        k0, k1 = (k0 + 0x9E3779B9) & low32, (k1 + 0xBB67AE85) & low32
-    words = torch.stack(c, dim=1).view(-1)[:n]
-    keep = words >= round(dropout_p * 2**32)
+    zero = torch.zeros_like(block)
+    key = (seed[0] & _LOW32, (seed[0] >> 32) & _LOW32)
+    words = philox4x32_10((block & _LOW32, block >> 32, zero, zero), key)
+    keep = torch.stack(words, dim=1).view(-1)[:n] >= round(dropout_p * 2**32)
     return (keep.to(torch.float32) * (1.0 / (1.0 - dropout_p))).view(shape)
 
 
