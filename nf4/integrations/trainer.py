@@ -1,0 +1,113 @@
+"""transformers' Trainer: checkpoints to resume from. Imports nothing of transformers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import zipfile
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# An 8-byte length comes first in a safetensors file; a header above 100 MB is refused by readers.
+_MAX_HEADER = 100_000_000
+
+
+def find_resume_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
+    """The newest whole ``checkpoint-<step>`` folder in ``output_dir``, or None.
+
+    Whole means: trainer_state.json parses, every safetensors file has the size that its header
+    tells, every shard that an index names is there, and every file that torch.save wrote is
+    complete. A newer folder that is not whole (a full disk, a killed process) is renamed to
+    ``checkpoint-<step>.broken``, never deleted, so that neither this function nor Trainer takes it
+    again; a warning says why. Call it before Trainer, on one process.
+    """
+    folder = Path(output_dir)
+    if not folder.is_dir():
+        return None
+    steps = []
+    for entry in folder.iterdir():
+        match = _CHECKPOINT.fullmatch(entry.name)
+        if match and entry.is_dir():
+            steps.append((int(match.group(1)), entry))
+    for _, checkpoint in sorted(steps, reverse=True):
+        reason = why_broken(checkpoint)
+        if reason is None:
+            return str(checkpoint)
+        moved = _set_aside(checkpoint)
+        logger.warning(
+            "nf4: checkpoint %s is not whole (%s); renamed to %s", checkpoint, reason, moved.name
+        )
+    return None
+
+
+def why_broken(checkpoint: str | os.PathLike[str]) -> str | None:
+    """What keeps a Trainer checkpoint from being resumed; None for a whole one."""
+    folder = Path(checkpoint)
+    try:
+        state = json.loads((folder / "trainer_state.json").read_text())
+    except (OSError, ValueError) as error:
+        return f"trainer_state.json: {error}"
+    if not isinstance(state, dict) or "global_step" not in state:
+        return "trainer_state.json: no global_step"
+    weights = 0
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        reason = None
+        name = path.relative_to(folder)
+        if path.suffix == ".safetensors":
+            weights += 1
+            reason = _why_safetensors_broken(path)
+        elif path.name.endswith(".safetensors.index.json"):
+            reason = _why_index_broken(path)
+        elif path.suffix in (".bin", ".pt", ".pth"):
+            weights += path.suffix == ".bin"
+            # torch.save writes a zip, whose directory comes last: a cut file has none.
+            reason = None if path.stat().st_size and _torch_file_whole(path) else "truncated"
+        if reason is not None:
+            return f"{name}: {reason}"
+    return None if weights else "no weights"
+
+
+def _torch_file_whole(path: Path) -> bool:
+    with path.open("rb") as file:
+        legacy = file.read(2) != b"PK"  # training_args.bin of old versions is a bare pickle
+    return legacy or zipfile.is_zipfile(path)
+
+
+def _why_safetensors_broken(path: Path) -> str | None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER):
+            return f"truncated in its header at {size} bytes"
+        try:
+            header = json.loads(file.read(length))
+            ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return f"unreadable header: {error}"
+    expected = 8 + length + max(ends, default=0)
+    return None if size == expected else f"must have {expected} bytes, got {size}"
+
+
+def _why_index_broken(path: Path) -> str | None:
+    try:
+        shards = set(json.loads(path.read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"unreadable index: {error}"
+    missing = sorted(name for name in shards if not (path.parent / name).is_file())
+    return f"missing shard {missing[0]}" if missing else None
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    """Rename a folder to the first free ``<name>.broken``, ``<name>.broken-2``, ..."""
+    target = checkpoint.with_name(f"{checkpoint.name}.broken")
+    number = 2
+    while target.exists():
+        target = checkpoint.with_name(f"{checkpoint.name}.broken-{number}")
+        number += 1
+    checkpoint.rename(target)
+    return target
