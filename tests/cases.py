@@ -128,7 +128,7 @@ LARGE = [
     Matmul((4, 17), 1152, 4304, nested=True, bias=True),  # SigLIP's MLP: k is no multiple of 64
     Matmul((5,), 1031, 2880, block_size=128, bias=True),
     Matmul((130,), 514, 1536, block_size=1024, format="fp4"),
-    Matmul((257,), 640, 1027, nested=True, bias=True),
+    Matmul((257,), 320, 1027, nested=True, bias=True),
 ]
 
 
@@ -188,8 +188,8 @@ LORA_SMALL = [
 LORA_LARGE = [
     Lora(Matmul((1,), 1024, 4096, nested=True), BF16, 16, F32),
     Lora(Matmul((4, 17), 1152, 4304, nested=True, bias=True), BF16, 16, F32, 0.05),
-    Lora(Matmul((257,), 640, 1027, nested=True), F32, 64, None, 0.5),
-    Lora(Matmul((130,), 514, 1536, block_size=1024), F16, 8, F32, 0.05),
+    Lora(Matmul((257,), 320, 1027, nested=True), F32, 64, None, 0.5),
+    Lora(Matmul((130,), 257, 1536, block_size=1024), F16, 8, F32, 0.05),
 ]
 
 

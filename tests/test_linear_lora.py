@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import (
+    LORA_SMALL,
     Lora,
     Matmul,
     Weight,
@@ -111,23 +112,34 @@ class Expected:
         return cls(y.detach(), s.detach(), dx, da, db)
 
 
-def _check(name: str, got: Tensor, i: Inputs, samples: int, terms: int) -> None:
-    """Hold one output against the bound. Baseline: everything in x's dtype, as under autocast."""
-    case = i.case
-    gradient = name in ("da", "db")
-    stored = {"s": F32, "da": case.lora_dtype, "db": case.lora_dtype}.get(name, case.dtype)
-    assert got.dtype is stored, f"{name}: {got.dtype}, not {stored}"
-    baseline = getattr(Expected.of(i, case.dtype), name)
-    assert_accurate(
-        name,
-        got,
-        baseline=baseline.to(stored) if gradient else baseline,
-        exact=getattr(Expected.of(i, torch.float64), name),
-        energy=getattr(Expected.of(i, torch.float64, squared=True), name),
-        dtype=max(case.dtype, stored, key=lambda dtype: torch.finfo(dtype).eps),
-        terms=terms,
-        samples=samples,
-    )
+class Bound:
+    """Holds outputs of one case against the bound of ``numerics``.
+
+    The baseline does everything in x's dtype, adapters cast to it, as autocast does.
+    """
+
+    def __init__(self, i: Inputs) -> None:
+        self.case = i.case
+        self.baseline = Expected.of(i, i.case.dtype)
+        self.exact = Expected.of(i, torch.float64)
+        self.energy = Expected.of(i, torch.float64, squared=True)
+
+    def check(self, name: str, got: Tensor, samples: int, terms: int) -> None:
+        case = self.case
+        gradient = name in ("da", "db")
+        stored = {"s": F32, "da": case.lora_dtype, "db": case.lora_dtype}.get(name, case.dtype)
+        assert got.dtype is stored, f"{name}: {got.dtype}, not {stored}"
+        baseline = getattr(self.baseline, name)
+        assert_accurate(
+            name,
+            got,
+            baseline=baseline.to(stored) if gradient else baseline,
+            exact=getattr(self.exact, name),
+            energy=getattr(self.energy, name),
+            dtype=max(case.dtype, stored, key=lambda dtype: torch.finfo(dtype).eps),
+            terms=terms,
+            samples=samples,
+        )
 
 
 def _exact_s(i: Inputs) -> Tensor:
@@ -142,12 +154,13 @@ def test_forward(case: Lora, backend: str, device: torch.device) -> None:
     i = Inputs.random(case, device)
     m, n, k = case.base.m, case.base.n, case.base.k
 
+    bound = Bound(i)
+
     y, s = i.forward()
 
     assert y.is_contiguous() and s.is_contiguous()
-    s_samples = case.r * min(m, k)
-    _check("s", s, i, samples=s_samples, terms=k)
-    _check("y", y, i, samples=min(m * case.r, n * min(m, k)), terms=k)
+    bound.check("s", s, samples=case.r * min(m, k), terms=k)
+    bound.check("y", y, samples=min(m * case.r, n * min(m, k)), terms=k)
 
 
 @loras
@@ -156,20 +169,19 @@ def test_backward(case: Lora, backend: str, device: torch.device) -> None:
         skip_if_emulated(backend, device)
     i = Inputs.random(case, device)
     m, n, k, r = case.base.m, case.base.n, case.base.k, case.r
+    bound = Bound(i)
 
-    dx, da, db = i.backward(_exact_s(i))
+    dx, da, db = i.backward(bound.exact.s.float())
 
     assert dx.is_contiguous() and da.is_contiguous() and db.is_contiguous()
-    _check("dx", dx, i, samples=min(m * r, k * min(m, n)), terms=n)
-    _check("da", da, i, samples=r * min(m, k), terms=max(m, n))
-    _check("db", db, i, samples=r * min(m, n), terms=max(m, k))
+    bound.check("dx", dx, samples=min(m * r, k * min(m, n)), terms=n)
+    bound.check("da", da, samples=r * min(m, k), terms=max(m, n))
+    bound.check("db", db, samples=r * min(m, n), terms=max(m, k))
 
 
-@loras
+@pytest.mark.parametrize("case", LORA_SMALL[::3], ids=str)
 def test_needs(case: Lora, backend: str, device: torch.device) -> None:
     """What is not asked for has no elements, and what is asked for does not change."""
-    if is_large(case):
-        skip_if_emulated(backend, device)
     i = Inputs.random(case, device)
     s = _exact_s(i)
     dx, da, db = i.backward(s)

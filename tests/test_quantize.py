@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -226,6 +227,30 @@ def test_strided(
 def test_large(fmt: formats.Format, dtype: torch.dtype, backend: str, device: torch.device) -> None:
     skip_if_emulated(backend, device)
     check(torch.randn(1023, 1537, dtype=dtype) * 0.02, 64, fmt, device)
+
+
+@all_formats
+@all_dtypes
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
+def test_non_finite_blocks_are_visible(
+    bad: float, fmt: formats.Format, dtype: torch.dtype, backend: str, device: torch.device
+) -> None:
+    """absmax shows NaN and infinity (nf4.functional refuses by it), and no other block changes."""
+    x = torch.randn(5 * 64 + 3, dtype=dtype)
+    clean_packed, clean_absmax = reference.quantize(x, 64, fmt.id)
+    for block, position in ((1, 64), (3, 255), (5, 322)):
+        dirty = x.clone()
+        dirty[position] = bad
+        packed, absmax = (t.cpu() for t in op("quantize")(dirty.to(device), 64, fmt.id))
+        others = torch.arange(6) != block
+        assert torch.equal(absmax[others], clean_absmax[others])
+        assert absmax[block].isnan() if math.isnan(bad) else absmax[block] == math.inf
+        untouched = torch.ones(packed.numel(), dtype=torch.bool)
+        untouched[block * 8 * fmt.bits : (block + 1) * 8 * fmt.bits] = False
+        assert torch.equal(packed.view(-1)[untouched], clean_packed.view(-1)[untouched])
+    both = torch.randn(64, dtype=dtype)
+    both[3], both[40] = math.inf, math.nan
+    assert op("quantize")(both.to(device), 64, fmt.id)[1].isnan().all()
 
 
 def test_input_is_left_alone(backend: str, device: torch.device) -> None:
