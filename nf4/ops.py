@@ -18,6 +18,7 @@ Conventions shared by all schemas:
   flattened x is kept when word ``e % 4`` of ``Philox4x32-10(key=seed, counter=e // 4)`` is at
   least ``round(dropout_p * 2**32)``, and is then multiplied by ``1 / (1 - dropout_p)``. The key is
   (low, high) 32 bits of the seed, the counter (low, high) 32 bits of ``e // 4``, then two zeros.
+* ``adamw_step`` updates many parameters in one launch; ``nf4.optim.adamw`` states its arithmetic.
 """
 
 from __future__ import annotations
@@ -50,6 +51,16 @@ SCHEMAS: dict[str, str] = {
     "linear_lora_backward": (
         f"(Tensor grad_y, Tensor x, Tensor s, {_WEIGHT}, {_LORA}, {_LAYOUT}, "
         "bool needs_dx, bool needs_dab) -> (Tensor dx, Tensor da, Tensor db)"
+    ),
+    # One list entry per parameter, all contiguous and on one device. state1 and state2 are uint8
+    # codes with absmax float32 [ceil(numel / 256)], or float32 moments with an empty absmax.
+    # hyper is float32 [8]: see nf4.optim.adamw. With seed (int64 [1]) float16 and bfloat16
+    # parameters are rounded stochastically, element i by random word offsets[p] + i (offsets are
+    # multiples of 4). skipped is int64 [1], and is increased by the blocks left as they were.
+    "adamw_step": (
+        "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state1, Tensor(c!)[] state2, "
+        "Tensor(d!)[] absmax1, Tensor(e!)[] absmax2, Tensor hyper, Tensor? seed, int[] offsets, "
+        "Tensor(f!) skipped) -> ()"
     ),
 }
 
@@ -198,6 +209,22 @@ def _linear_lora_backward(
     return dx, da, db
 
 
+def _adamw_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    state1: list[Tensor],
+    state2: list[Tensor],
+    absmax1: list[Tensor],
+    absmax2: list[Tensor],
+    hyper: Tensor,
+    seed: Tensor | None,
+    offsets: list[int],
+    skipped: Tensor,
+) -> None:
+    for p in params:
+        _check_float("adamw_step", "every parameter", p)
+
+
 _FAKES: dict[str, Callable] = {
     "quantize": _quantize,
     "double_quantize": _double_quantize,
@@ -207,6 +234,7 @@ _FAKES: dict[str, Callable] = {
     "linear_backward": _linear_backward,
     "linear_lora": _linear_lora,
     "linear_lora_backward": _linear_lora_backward,
+    "adamw_step": _adamw_step,
 }
 
 

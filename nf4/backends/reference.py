@@ -12,9 +12,24 @@ import torch
 from torch import Tensor
 
 from nf4 import formats
+from nf4.backends.philox import random_words
+from nf4.backends.reference_optim import adamw_step
+
+__all__ = [
+    "adamw_step",
+    "dequantize",
+    "dequantize_out",
+    "double_quantize",
+    "dropout_mask",
+    "linear",
+    "linear_backward",
+    "linear_lora",
+    "linear_lora_backward",
+    "quantize",
+    "unsupported",
+]
 
 NAME = "reference"
-_LOW32 = 0xFFFFFFFF
 
 
 def unsupported(device: torch.device) -> str | None:
@@ -176,43 +191,13 @@ def linear_backward(
     return (grad_y.to(dtype) @ w).to(grad_y.dtype)
 
 
-def philox4x32_10(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four output words for four counter words and two key words, all 32 bits in int64.
-
-    Philox4x32-10 of Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
-    """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        # int64 wraps, so the high word of a 32x32 product comes from 16-bit halves.
-        hi0, lo0 = _mul32(c0, 0xD2511F53)
-        hi1, lo1 = _mul32(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
-        k0, k1 = (k0 + 0x9E3779B9) & _LOW32, (k1 + 0xBB67AE85) & _LOW32
-    return c0, c1, c2, c3
-
-
 def dropout_mask(shape: torch.Size, dropout_p: float, seed: Tensor) -> Tensor:
     """Multiplier of each element: 0 where dropped, ``1 / (1 - dropout_p)`` where kept.
 
     float32, on the seed's device. The rule stands in ``nf4.ops``.
     """
-    n = shape.numel()
-    block = torch.arange(-(-n // 4), dtype=torch.int64, device=seed.device)
-    zero = torch.zeros_like(block)
-    key = (seed[0] & _LOW32, (seed[0] >> 32) & _LOW32)
-    words = philox4x32_10((block & _LOW32, block >> 32, zero, zero), key)
-    keep = torch.stack(words, dim=1).view(-1)[:n] >= round(dropout_p * 2**32)
+    keep = random_words(shape.numel(), seed) >= round(dropout_p * 2**32)
     return (keep.to(torch.float32) * (1.0 / (1.0 - dropout_p))).view(shape)
-
-
-def _mul32(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of the product of two unsigned 32-bit values held in int64."""
-    low = a * (b & 0xFFFF)
-    high = a * (b >> 16) + (low >> 16)
-    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
 def _dropout(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:

@@ -1,0 +1,305 @@
+"""AdamW with 8-bit or 32-bit moments, resident or paged: one implementation, two switches.
+
+The update is AdamW of Loshchilov and Hutter, "Decoupled Weight Decay Regularization"
+(arXiv:1711.05101). With g the gradient in float32, each line is one float32 rounding per operation,
+in the order written, on every backend (no fused multiply-add, IEEE square root and division)::
+
+    m' = beta1 * m + gain1 * g
+    v' = beta2 * v + (gain2 * g) * g
+    p' = p * decay - step_size * (m' / (sqrt(v') * inverse_c2 + eps))
+
+``hyper`` holds, computed in float64 and rounded once: beta1, gain1 = 1 - beta1 (negated to
+maximize), beta2, gain2 = 1 - beta2, inverse_c2 = 1 / sqrt(1 - beta2^t), eps,
+decay = 1 - lr * weight_decay, step_size = lr / (1 - beta1^t).
+
+8-bit moments are read as ``map[code] * absmax`` and written by the quantization rule of
+``nf4.formats`` over blocks of 256, from m' and v' before any rounding of theirs; p' uses m' and v'
+themselves. One rule is added: a positive v' never takes code 0. Zero would make the next step
+divide by eps alone, where the true quotient is of the order of 1.
+
+A block of 256 elements in which any m' or v' is not finite (its gradients hold NaN or Inf) is left
+as it was, parameters and moments both, and is counted in ``skipped_blocks``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from nf4.backends import namespace
+from nf4.optim import state as states
+from nf4.optim.launch import Launch, hyper_on_device, hyper_values, local_tensor, to_device
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW whose moments take 8 or 32 bits, with bitsandbytes' arguments and checkpoints.
+
+    ``optim_bits`` is 8 or 32; with 8, tensors of fewer than ``min_8bit_size`` elements keep 32-bit
+    moments. Every argument from ``lr`` to ``min_8bit_size`` but ``amsgrad`` may be set per
+    parameter group. ``is_paged`` lets moments lie in pinned host memory when GPU memory is short;
+    it has no effect on CPU parameters. ``amsgrad`` must be False; of ``args`` (bitsandbytes'
+    namespace) ``optim_bits`` and ``min_8bit_size`` are read.
+
+    ``stochastic_rounding`` rounds float16 and bfloat16 parameters up or down at random in
+    proportion; the random words depend on ``seed``, the step and the element alone, so replicas
+    stay equal. ``capturable`` keeps the step count on the device, for CUDA graphs.
+
+    Parameters are float32, float16 or bfloat16 tensors, gradients any of the three. Raises
+    ValueError for hyperparameters out of range and TypeError for other parameters.
+    """
+
+    _fixed_bits: ClassVar[int | None] = None
+    _fixed_paged: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        is_paged: bool = False,
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        percentile_clipping: int = 100,
+        block_wise: bool = True,
+    ) -> None:
+        if amsgrad:
+            raise ValueError(f"{self._name}: amsgrad must be False, got {amsgrad}")
+        if percentile_clipping != 100:
+            raise ValueError(
+                f"{self._name}: percentile_clipping must be 100 (off; clip with "
+                f"torch.nn.utils.clip_grad_norm_), got {percentile_clipping}"
+            )
+        if not block_wise:
+            raise ValueError(f"{self._name}: block_wise must be True, got {block_wise}")
+        if self._fixed_bits is not None:
+            if optim_bits not in (32, self._fixed_bits):
+                raise ValueError(f"{self._name}: optim_bits is fixed, got {optim_bits}")
+            optim_bits = self._fixed_bits
+        self.is_paged = is_paged or self._fixed_paged
+        self._skipped: dict[torch.device, Tensor] = {}
+        self._warned_skip = False
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "optim_bits": getattr(args, "optim_bits", optim_bits),
+            "min_8bit_size": getattr(args, "min_8bit_size", min_8bit_size),
+            "maximize": maximize,
+            "capturable": capturable,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
+        }
+        super().__init__(params, defaults)
+
+    @property
+    def _name(self) -> str:
+        return f"nf4.{type(self).__name__}"
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its keys override the constructor's arguments."""
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        rules: list[tuple[str, bool, str]] = [
+            ("lr", float(group["lr"]) >= 0, "must not be negative"),
+            ("eps", group["eps"] >= 0, "must not be negative"),
+            ("weight_decay", group["weight_decay"] >= 0, "must not be negative"),
+            ("betas", len(group["betas"]) == 2, "must be two numbers"),
+            ("betas", all(0 <= b < 1 for b in group["betas"]), "must be in [0, 1)"),
+            ("optim_bits", group["optim_bits"] in (8, 32), "must be 8 or 32"),
+            ("capturable", not (group["capturable"] and self.is_paged), "needs is_paged=False"),
+        ]
+        for key, holds, rule in rules:
+            if not holds:
+                raise ValueError(f"{self._name}: {key} {rule}, got {group[key]}")
+        for p in group["params"]:
+            if p.dtype not in _DTYPES:
+                raise TypeError(
+                    f"{self._name}: parameters must be float32, float16 or bfloat16, got {p.dtype}"
+                )
+
+    @property
+    def skipped_blocks(self) -> int:
+        """Blocks of 256 elements left as they were so far, for NaN or Inf. Waits for the device."""
+        return sum(int(count) for count in self._skipped.values())
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient; one launch per group.
+
+        Returns the closure's value. Raises RuntimeError for a sparse gradient.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        first_word = 0
+        fresh_steps: dict[torch.device, Tensor] = {}
+        for group in self.param_groups:
+            launches: dict[tuple[torch.device, int], Launch] = {}
+            for p in group["params"]:
+                offset, first_word = first_word, first_word + -(-p.numel() // 4) * 4
+                if p.grad is None:
+                    continue
+                if p.grad.is_sparse:
+                    raise RuntimeError(f"{self._name}.step: gradients must be dense, got sparse")
+                state = self._state_of(p, group, fresh_steps)
+                step = state["step"]
+                counter = id(step) if isinstance(step, Tensor) else step
+                launches.setdefault((p.device, counter), Launch(step)).add(p, state, offset)
+            for (device, _), launch in launches.items():
+                self._run(launch, group, device)
+        self._warn_of_skipped(("cpu",))
+        return loss
+
+    def _state_of(
+        self, p: Tensor, group: dict[str, Any], fresh_steps: dict[torch.device, Tensor]
+    ) -> dict[str, Any]:
+        state = self.state[p]
+        if not state:
+            step: int | Tensor = 0
+            if group["capturable"]:
+                # Parameters that start together share a counter, and so stay in one launch.
+                zero = torch.zeros((), dtype=torch.int64, device=p.device)
+                step = fresh_steps.setdefault(p.device, zero)
+            bits = group["optim_bits"] if p.numel() >= group["min_8bit_size"] else 32
+            state.update(step=step, **states.new_state(local_tensor(p), bits))
+        return state
+
+    def _run(self, launch: Launch, group: dict[str, Any], device: torch.device) -> None:
+        if device not in self._skipped:
+            self._skipped[device] = torch.zeros(1, dtype=torch.int64, device=device)
+        step = launch.step
+        if isinstance(step, Tensor):
+            step += 1
+            hyper = hyper_on_device(group, step)
+            seed = (step + (group["seed"] << 32)).view(1)
+        else:
+            step += 1
+            hyper = to_device(torch.tensor(hyper_values(group, step), dtype=torch.float32), device)
+            seed = to_device(torch.tensor([(group["seed"] << 32) + step]), device)
+        getattr(torch.ops, namespace()).adamw_step(
+            launch.params,
+            launch.grads,
+            *launch.moments,
+            hyper,
+            seed if group["stochastic_rounding"] else None,
+            launch.offsets,
+            self._skipped[device],
+        )
+        launch.finish(step)
+
+    def _warn_of_skipped(self, device_types: tuple[str, ...]) -> None:
+        if self._warned_skip:
+            return
+        for device, count in self._skipped.items():
+            if device.type in device_types and int(count) > 0:
+                warnings.warn(
+                    f"{self._name}: NaN or Inf gradients; {int(count)} blocks of 256 elements were "
+                    "left as they were (see skipped_blocks; said once)",
+                    stacklevel=3,
+                )
+                self._warned_skip = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as bitsandbytes' AdamW8bit writes it; see ``nf4.optim.state``."""
+        self._warn_of_skipped(("cpu", "cuda"))
+        packed = super().state_dict()
+        packed["state"] = {key: states.to_checkpoint(s) for key, s in packed["state"].items()}
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` of this class or of bitsandbytes' AdamW gave.
+
+        Each parameter keeps the precision that its state was saved in. Raises ValueError, with
+        nothing changed, where groups, shapes, dtypes or values do not fit.
+        """
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        where = f"{self._name}.load_state_dict"
+        saved_groups = deepcopy(state_dict["param_groups"])
+        sizes = [len(group["params"]) for group in self.param_groups]
+        saved_sizes = [len(group["params"]) for group in saved_groups]
+        if sizes != saved_sizes:
+            raise ValueError(f"{where}: group sizes must be {sizes}, got {saved_sizes}")
+        loaded: dict[Any, dict[str, Any]] = {}
+        shared_steps: dict[tuple[torch.device, int], Tensor] = {}
+        for group, saved in zip(self.param_groups, saved_groups, strict=True):
+            for key, p in zip(saved["params"], group["params"], strict=True):
+                if key not in state_dict["state"]:
+                    continue
+                entry = state_dict["state"][key]
+                state = states.from_checkpoint(entry, local_tensor(p), f"{where}: state {key}")
+                if saved.get("capturable", group["capturable"]):
+                    step = torch.tensor(state["step"], device=p.device)
+                    state["step"] = shared_steps.setdefault((p.device, state["step"]), step)
+                loaded[p] = state
+            saved["params"] = group["params"]
+            for key in ("param_names", *self.defaults):
+                if key in group:
+                    saved.setdefault(key, group[key])
+        self.__setstate__({"state": defaultdict(dict, loaded), "param_groups": saved_groups})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "is_paged": self.is_paged}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_skipped", {})
+        self.__dict__.setdefault("_warned_skip", False)
+
+
+class AdamW8bit(AdamW):
+    """AdamW with 8-bit moments: 2.03 bytes of state per parameter instead of 8."""
+
+    _fixed_bits = 8
+
+
+class AdamW32bit(AdamW):
+    """AdamW with 32-bit moments."""
+
+    _fixed_bits = 32
+
+
+class PagedAdamW(AdamW):
+    """AdamW whose moments move to host memory when GPU memory is short."""
+
+    _fixed_paged = True
+
+
+class PagedAdamW8bit(AdamW8bit):
+    """AdamW8bit whose moments move to host memory when GPU memory is short."""
+
+    _fixed_paged = True
+
+
+class PagedAdamW32bit(AdamW32bit):
+    """AdamW32bit whose moments move to host memory when GPU memory is short."""
+
+    _fixed_paged = True
