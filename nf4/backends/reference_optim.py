@@ -61,7 +61,10 @@ def _update(
     beta1, gain1, beta2, gain2, inverse_c2, eps, decay, step_size = scalars
     m = beta1 * m + gain1 * g
     v = beta2 * v + (gain2 * g) * g
-    ratio = m / (v.sqrt() * inverse_c2 + eps)
+    # PyTorch's float32 sqrt on CPU is MKL's, which is at times an ulp off; through float64 it is
+    # the IEEE one.
+    root = v.double().sqrt().float()
+    ratio = m / (root * inverse_c2 + eps)
     return p * decay - step_size * ratio, m, v
 
 

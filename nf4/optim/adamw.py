@@ -241,6 +241,9 @@ class AdamW(torch.optim.Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         where = f"{self._name}.load_state_dict"
+        for key in ("state", "param_groups"):
+            if key not in state_dict:
+                raise ValueError(f"{where}: {key} is missing, got {', '.join(state_dict)}")
         saved_groups = deepcopy(state_dict["param_groups"])
         sizes = [len(group["params"]) for group in self.param_groups]
         saved_sizes = [len(group["params"]) for group in saved_groups]
