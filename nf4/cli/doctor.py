@@ -1,0 +1,155 @@
+"""``nf4 doctor``: what this machine can run, what is missing, and what that costs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import torch
+
+import nf4
+from nf4 import backends
+
+# What a person loses without each backend on the device it is for.
+COSTS = {
+    "cpu": "CPU tensors run on the reference: exact, but many times slower, and it materialises W",
+    "cuda": "CUDA tensors run on the Triton kernels",
+    "triton": "CUDA tensors without the CUDA library run on the reference: slow, materialises W",
+    "reference": "",
+}
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "safetensors",
+    "transformers",
+    "peft",
+    "accelerate",
+    "trl",
+    "datasets",
+    "bitsandbytes",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    report = collect()
+    failed = any(result != "ok" for result in report["self-test"].values())
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print(_text(report))
+    return 1 if failed else 0
+
+
+def collect() -> dict[str, Any]:
+    """The whole report."""
+    status = nf4.available_backends()
+    return {
+        "nf4": nf4.__version__,
+        "system": {
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+            "cpu": _cpu_name(),
+            "threads": torch.get_num_threads(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
+        "packages": {name: _version(name) for name in PACKAGES},
+        "compilers": {name: _compiler(name) for name in ("c++", "nvcc", "ninja")},
+        "backends": {
+            name: {"usable": s.usable, "reason": s.reason, "cost": "" if s else COSTS[name]}
+            for name, s in status.items()
+        },
+        "defaults": {
+            device: backends.backend_for(torch.device(device))
+            for device in ("cpu", "cuda")
+            if device == "cpu" or torch.cuda.is_available()
+        },
+        "self-test": {name: self_test(name) for name, s in status.items() if s},
+    }
+
+
+def self_test(backend: str) -> str:
+    """Run every op on a small weight and compare with the reference: "ok", or what went wrong."""
+    device = "cuda" if torch.cuda.is_available() and backend != "cpu" else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(96, 160, generator=generator).to(device)
+    x = torch.randn(5, 160, generator=generator).to(device)
+    lora_a = torch.randn(8, 160, generator=generator).to(device)
+    lora_b = torch.randn(96, 8, generator=generator).to(device)
+    seed = torch.tensor([1234], device=device)
+
+    def compute(name: str) -> list[torch.Tensor]:
+        inputs = [t.clone().requires_grad_() for t in (x, lora_a, lora_b)]
+        with nf4.use_backend(name):
+            q = nf4.quantize(weight)
+            y = nf4.linear_lora(inputs[0], q, *inputs[1:], 0.5, dropout_p=0.1, seed=seed)
+            y.square().sum().backward()
+            results = [q.packed, q.absmax, nf4.dequantize(q), nf4.linear(x, q), y.detach()]
+        return results + [t.grad for t in inputs if t.grad is not None]
+
+    try:
+        for got, want in zip(compute(backend), compute("reference"), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+    except Exception as error:  # a report, not a crash, is what the user asked for
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return "ok"
+
+
+def _text(report: dict[str, Any]) -> str:
+    lines = [f"nf4 {report['nf4']}"]
+    for section in ("system", "packages", "compilers"):
+        lines.append(f"\n{section}")
+        for name, value in report[section].items():
+            shown = ", ".join(value) or "none" if isinstance(value, list) else value or "missing"
+            lines.append(f"  {name:14} {shown}")
+    lines.append("\nbackends")
+    for name, entry in report["backends"].items():
+        if entry["usable"]:
+            lines.append(f"  {name:14} usable, self-test: {report['self-test'][name]}")
+        else:
+            lines.append(f"  {name:14} not usable: {entry['reason']}")
+            if entry["cost"]:
+                lines.append(f"  {'':14} cost: {entry['cost']}")
+    for device, name in report["defaults"].items():
+        lines.append(f"  {device} tensors run on: {name}")
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _compiler(name: str) -> str:
+    beside_python = os.path.dirname(sys.executable)
+    path = shutil.which(name) or shutil.which(name, path=beside_python)
+    if path is None:
+        return ""
+    done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    # nvcc prints its copyright first and its release later.
+    return next((line for line in lines if "release" in line), lines[0] if lines else path)
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as info:
+            for line in info:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
