@@ -134,12 +134,22 @@ def _prepare_x(op: str, x: Tensor, q: QuantizedTensor) -> Tensor:
     return x
 
 
-def _prepare_bias(op: str, bias: Tensor | None, n: int, dtype: torch.dtype) -> Tensor | None:
+def _prepare_bias(op: str, bias: Tensor | None, n: int, x: Tensor) -> Tensor | None:
     if bias is None:
         return None
     if bias.shape != (n,):
         raise ValueError(f"{op}: bias must have shape [{n}], got {list(bias.shape)}")
-    return bias if bias.dtype is dtype else bias.to(dtype)
+    if bias.device != x.device:
+        raise ValueError(f"{op}: bias must be on {x.device} like x, got {bias.device}")
+    return bias if bias.dtype is x.dtype else bias.to(x.dtype)
+
+
+def _check_seed(op: str, seed: Tensor, device: torch.device) -> None:
+    if seed.dtype is not torch.int64 or seed.shape != (1,) or seed.device != device:
+        raise ValueError(
+            f"{op}: seed must be int64 [1] on {device}, "
+            f"got {seed.dtype} {list(seed.shape)} on {seed.device}"
+        )
 
 
 def _records_grad(*tensors: Tensor | None) -> bool:
@@ -155,7 +165,7 @@ def linear(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
     """
     x = _prepare_x("nf4.linear", x, q)
     n = q.shape[0]
-    bias = _prepare_bias("nf4.linear", bias, n, x.dtype)
+    bias = _prepare_bias("nf4.linear", bias, n, x)
     namespace = backends.namespace()
     if _records_grad(x, bias):
         return autograd.Linear.apply(x, *q.tensors, bias, n, *q.layout, namespace)
@@ -196,18 +206,22 @@ def linear_lora(
         raise TypeError(
             f"{op}: lora_a and lora_b must have one dtype, got {lora_a.dtype} and {lora_b.dtype}"
         )
+    if not lora_a.is_floating_point():
+        raise TypeError(f"{op}: lora_a must be a floating-point tensor, got {lora_a.dtype}")
     if lora_a.device != x.device or lora_b.device != x.device:
         raise ValueError(
             f"{op}: lora_a and lora_b must be on {x.device} like x, "
             f"got {lora_a.device} and {lora_b.device}"
         )
-    bias = _prepare_bias(op, bias, n, x.dtype)
+    bias = _prepare_bias(op, bias, n, x)
     if not training:
         dropout_p = 0.0
     if dropout_p > 0.0 and seed is None:
         seed = torch.randint(2**63 - 1, (1,), device=x.device)
     elif dropout_p == 0.0:
         seed = None
+    elif seed is not None:
+        _check_seed(op, seed, x.device)
     namespace = backends.namespace()
     lora = (lora_a, lora_b, float(scaling), dropout_p, seed)
     if _records_grad(x, lora_a, lora_b, bias):

@@ -95,11 +95,23 @@ def _device(args: tuple[Any, ...]) -> torch.device:
     return next(a.device for a in args if isinstance(a, Tensor))
 
 
+def _run(implementation: Callable, device: torch.device, args: tuple[Any, ...]) -> Any:
+    """Call a Python implementation with autocast off.
+
+    Autocast stays active inside an op and would cast the float32 matmuls of the reference, and of
+    any dense path, to 16 bits.
+    """
+    if not torch.is_autocast_enabled(device.type):
+        return implementation(*args)
+    with torch.autocast(device.type, enabled=False):
+        return implementation(*args)
+
+
 def _fallback(op: str, *args: Any) -> Any:
     device = _device(args)
     for module in ORDER:
         if module.unsupported(device) is None and hasattr(module, op):
-            return getattr(module, op)(*args)
+            return _run(getattr(module, op), device, args)
     raise RuntimeError(_no_backend(op, device))
 
 
@@ -113,7 +125,7 @@ def _forced(module: ModuleType, op: str, *args: Any) -> Any:
     implementation: Callable | None = getattr(module, op, None)
     if implementation is None:
         raise RuntimeError(f"nf4.{op}: backend {module.NAME!r} does not implement it")
-    return implementation(*args)
+    return _run(implementation, device, args)
 
 
 def _register() -> None:
