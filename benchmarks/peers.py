@@ -1,0 +1,186 @@
+"""The competition: bitsandbytes, PEFT on bitsandbytes, and torchao, where they are installed.
+
+Peers get the very bytes that nf4 quantized (torchao excepted: its format is its own), in the
+classes their users call. Imports are lazy, because bitsandbytes takes five seconds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import ops
+
+if TYPE_CHECKING:
+    from benchmarks.ops import Bench, Case, Contender, Layer, LoraInputs
+
+PEERS = ("bitsandbytes", "peft", "torchao")
+
+
+def installed() -> list[str]:
+    """The peers that can be imported here."""
+    return [name for name in PEERS if importlib.util.find_spec(name) is not None]
+
+
+def _bnb_layer(layer: Layer, dtype: torch.dtype, copy: int) -> Any:
+    """bitsandbytes' Linear4bit over a copy of the layer's bytes."""
+    import bitsandbytes as bnb
+
+    q = layer.qs[copy % len(layer.qs)]
+    state = {name: t.clone() for name, t in q.state_dict("weight").items()}
+    module = bnb.nn.Linear4bit(
+        layer.k, layer.n, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
+    )
+    module.weight = bnb.nn.Params4bit.from_prequantized(
+        data=state.pop("weight"),
+        quantized_stats=state,
+        requires_grad=False,
+        device=layer.bench.device,
+        module=module,
+    )
+    return module
+
+
+def _bnb_copies(layer: Layer, dtype: torch.dtype) -> list[Any]:
+    return [_bnb_layer(layer, dtype, i) for i in range(len(layer.qs))]
+
+
+def _repacks(layer: Layer) -> bool:
+    """Whether bitsandbytes' eval path repacks this weight (its rules for the shape)."""
+    from bitsandbytes.functional import has_avx512bf16
+
+    fits = layer.n % 32 == 0 and layer.k % ops.BLOCK_SIZE == 0
+    cpu = layer.bench.device.type == "cpu"
+    return cpu and fits and layer.bench.isa == "avx512_bf16" and bool(has_avx512bf16())
+
+
+def quantize(case: Case, weights: Sequence[Tensor], bench: Bench) -> list[Contender]:
+    if "bitsandbytes" not in bench.peers:
+        return []
+    import bitsandbytes.functional as bnb
+
+    def call(w: Tensor) -> Callable[[], object]:
+        def run() -> tuple[Tensor, ...]:
+            packed, state = bnb.quantize_4bit(
+                w, blocksize=ops.BLOCK_SIZE, compress_statistics=True, quant_type="nf4"
+            )
+            return packed, state.absmax, state.state2.absmax, state.offset
+
+        return run
+
+    return [ops.Contender("bitsandbytes", [call(w) for w in weights], capturable=False)]
+
+
+def dequantize(
+    case: Case, layer: Layer, outs: Sequence[Tensor], bench: Bench
+) -> list[Contender]:
+    if "bitsandbytes" not in bench.peers:
+        return []
+    import bitsandbytes.functional as bnb
+
+    modules = _bnb_copies(layer, case.dtype)
+    for module in modules:
+        module.weight.quant_state.dtype = case.dtype
+
+    def given(i: int) -> Callable[[], object]:
+        weight, out = modules[i].weight, outs[i % len(outs)]
+        return lambda: bnb.dequantize_4bit(weight.data, weight.quant_state, out=out)
+
+    def fresh(i: int) -> Callable[[], object]:
+        weight = modules[i].weight
+        return lambda: bnb.dequantize_4bit(weight.data, weight.quant_state)
+
+    return [
+        ops.Contender("bitsandbytes", [given(i) for i in range(len(modules))]),
+        ops.Contender("bitsandbytes_new_output", [fresh(i) for i in range(len(modules))]),
+    ]
+
+
+def linear(case: Case, layer: Layer, x: Tensor, bench: Bench) -> list[Contender]:
+    contenders = []
+    if "bitsandbytes" in bench.peers:
+        # In training mode, or where the CPU lacks AVX512-BF16, nothing is repacked.
+        modules = [m.train() for m in _bnb_copies(layer, case.dtype)]
+        contenders.append(ops.Contender("bitsandbytes", [_forward(m, x) for m in modules]))
+        if _repacks(layer):
+            packed = [m.eval() for m in _bnb_copies(layer, case.dtype)]
+            with torch.inference_mode():
+                for module in packed:
+                    module(x)
+            contenders.append(ops.Contender("bitsandbytes_eval", [_forward(m, x) for m in packed]))
+    if "torchao" in bench.peers and case.dtype is torch.bfloat16:
+        contenders.append(_torchao(layer, x))
+    return contenders
+
+
+def _forward(module: nn.Module, x: Tensor) -> Callable[[], object]:
+    return lambda: module(x)
+
+
+def _torchao(layer: Layer, x: Tensor) -> Contender:
+    """torchao's NF4Tensor: other scales and a rounded table, so its error is larger."""
+    from torchao.quantization.quantize_.workflows import nf4 as torchao_nf4
+
+    weight = torchao_nf4.to_nf4(layer.source)
+    return ops.Contender(
+        "torchao", [lambda: torchao_nf4.linear_nf4(x, weight)], capturable=False
+    )
+
+
+def _peft_layer(layer: Layer, dtype: torch.dtype, copy: int, inputs: LoraInputs) -> Any:
+    """PEFT's LoRA layer over bitsandbytes, with float32 adapters as PEFT makes them."""
+    from peft import LoraConfig, get_peft_model
+
+    rank = inputs.a.shape[0]
+    base = nn.Sequential()
+    base.add_module("proj", _bnb_layer(layer, dtype, copy))
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=int(ops.LORA_SCALING * rank),
+        target_modules=["proj"],
+        lora_dropout=0.0,
+    )
+    module = get_peft_model(base, config).base_model.model.proj.to(layer.bench.device)
+    with torch.no_grad():
+        module.lora_A["default"].weight.copy_(inputs.a)
+        module.lora_B["default"].weight.copy_(inputs.b)
+    return module.train()
+
+
+def linear_lora(
+    case: Case, layer: Layer, inputs: LoraInputs, bench: Bench
+) -> list[Contender]:
+    contenders = []
+    if {"bitsandbytes", "peft"} <= set(bench.peers):
+        modules = [_peft_layer(layer, case.dtype, i, inputs) for i in range(len(layer.qs))]
+        calls = [_peft_step(m, inputs) for m in modules]
+        contenders.append(ops.Contender("peft_bitsandbytes", calls, capturable=False))
+    if "bitsandbytes" in bench.peers:
+        # Without LoRA: the base layer alone.
+        bases = [m.train() for m in _bnb_copies(layer, case.dtype)]
+        steps = [_base_step(m, inputs) for m in bases]
+        contenders.append(ops.Contender("bitsandbytes", steps, capturable=False))
+    return contenders
+
+
+def _peft_step(module: Any, inputs: LoraInputs) -> Callable[[], object]:
+    a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+    return lambda: inputs.step(lambda: module(inputs.x), inputs.x, a, b)
+
+
+def _base_step(module: nn.Module, inputs: LoraInputs) -> Callable[[], object]:
+    return lambda: inputs.step(lambda: module(inputs.x), inputs.x)
+
+
+def linear_lora_forward(
+    case: Case, layer: Layer, inputs: LoraInputs, bench: Bench
+) -> list[Contender]:
+    if not {"bitsandbytes", "peft"} <= set(bench.peers):
+        return []
+    x = inputs.x.detach()
+    modules = [_peft_layer(layer, case.dtype, i, inputs) for i in range(len(layer.qs))]
+    return [ops.Contender("peft_bitsandbytes", [_forward(m, x) for m in modules])]
