@@ -120,17 +120,26 @@ class CpuPeaks:
         return self._rates
 
     def read(self, source: Tensor) -> Callable[[], object]:
-        """A call that reads every byte of ``source``."""
-        args = (source.data_ptr(), source.nbytes, *self._read_variant, self.threads)
-        return lambda: self._library.peaks_read(*args)
+        """A call that reads every byte of ``source``, and keeps it alive."""
+
+        def run() -> object:
+            return self._library.peaks_read(
+                source.data_ptr(), source.nbytes, *self._read_variant, self.threads
+            )
+
+        return run
 
     def mix(self, source: Tensor, target: Tensor) -> Callable[[], object]:
         """A call that reads all of ``source`` and overwrites all of ``target``, interleaved."""
         nontemporal, ahead = self._mix_variant
         if target.data_ptr() % 64:
             nontemporal = 0
-        addresses = (source.data_ptr(), source.nbytes, target.data_ptr(), target.nbytes)
-        return lambda: self._library.peaks_mix(*addresses, nontemporal, ahead, self.threads)
+
+        def run() -> object:
+            reads, writes = (source.data_ptr(), source.nbytes), (target.data_ptr(), target.nbytes)
+            return self._library.peaks_mix(*reads, *writes, nontemporal, ahead, self.threads)
+
+        return run
 
     def fma_burst(self) -> tuple[float, Callable[[], object]]:
         """(operations, call): independent fp32 fused multiply-adds."""

@@ -75,9 +75,7 @@ def quantize(case: Case, weights: Sequence[Tensor], bench: Bench) -> list[Conten
     return [ops.Contender("bitsandbytes", [call(w) for w in weights], capturable=False)]
 
 
-def dequantize(
-    case: Case, layer: Layer, outs: Sequence[Tensor], bench: Bench
-) -> list[Contender]:
+def dequantize(case: Case, layer: Layer, outs: Sequence[Tensor], bench: Bench) -> list[Contender]:
     if "bitsandbytes" not in bench.peers:
         return []
     import bitsandbytes.functional as bnb
@@ -94,10 +92,12 @@ def dequantize(
         weight = modules[i].weight
         return lambda: bnb.dequantize_4bit(weight.data, weight.quant_state)
 
-    return [
-        ops.Contender("bitsandbytes", [given(i) for i in range(len(modules))]),
-        ops.Contender("bitsandbytes_new_output", [fresh(i) for i in range(len(modules))]),
-    ]
+    count = len(modules)
+    contenders = [ops.Contender("bitsandbytes_new_output", [fresh(i) for i in range(count)])]
+    if bench.device.type != "cpu":
+        # Its CPU build registers no out= form: every call allocates the result.
+        contenders.append(ops.Contender("bitsandbytes", [given(i) for i in range(count)]))
+    return contenders
 
 
 def linear(case: Case, layer: Layer, x: Tensor, bench: Bench) -> list[Contender]:
@@ -126,9 +126,7 @@ def _torchao(layer: Layer, x: Tensor) -> Contender:
     from torchao.quantization.quantize_.workflows import nf4 as torchao_nf4
 
     weight = torchao_nf4.to_nf4(layer.source)
-    return ops.Contender(
-        "torchao", [lambda: torchao_nf4.linear_nf4(x, weight)], capturable=False
-    )
+    return ops.Contender("torchao", [lambda: torchao_nf4.linear_nf4(x, weight)], capturable=False)
 
 
 def _peft_layer(layer: Layer, dtype: torch.dtype, copy: int, inputs: LoraInputs) -> Any:
@@ -151,9 +149,7 @@ def _peft_layer(layer: Layer, dtype: torch.dtype, copy: int, inputs: LoraInputs)
     return module.train()
 
 
-def linear_lora(
-    case: Case, layer: Layer, inputs: LoraInputs, bench: Bench
-) -> list[Contender]:
+def linear_lora(case: Case, layer: Layer, inputs: LoraInputs, bench: Bench) -> list[Contender]:
     contenders = []
     if {"bitsandbytes", "peft"} <= set(bench.peers):
         modules = [_peft_layer(layer, case.dtype, i, inputs) for i in range(len(layer.qs))]
@@ -163,7 +159,7 @@ def linear_lora(
         # Without LoRA: the base layer alone.
         bases = [m.train() for m in _bnb_copies(layer, case.dtype)]
         steps = [_base_step(m, inputs) for m in bases]
-        contenders.append(ops.Contender("bitsandbytes", steps, capturable=False))
+        contenders.append(ops.Contender("bitsandbytes", steps, partial=True, capturable=False))
     return contenders
 
 

@@ -1,0 +1,192 @@
+"""One case from inputs to rows: check first, then time what is right, then state the share."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks import ops, timing
+from benchmarks.ops import Bench, Case, Contender, Layer, Workload
+from benchmarks.results import Measurement
+from benchmarks.timing import Samples
+
+# A peer further off than this computes something else, and its time means nothing. torchao's own
+# scales put it at 0.01 from the shared bytes; bitsandbytes is at 0.003 where it computes in bf16.
+PEER_ERROR = 0.05
+# The gradients of A and B are sums over tokens, and have no counterpart in F.linear; they are
+# rounded once from float32, plus once more where s or dS passes through the activations' dtype.
+GRADIENT_ERROR = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A contender's error (None: not checked), and why it is not timed ("" if it is)."""
+
+    error: float | None
+    refused: str
+
+
+def _results(value: object) -> tuple[Tensor, ...]:
+    if isinstance(value, Tensor):
+        return (value,)
+    assert isinstance(value, tuple)
+    return value
+
+
+def _differing_bytes(got: Tensor, expected: Tensor) -> float:
+    a = got.detach().contiguous().view(-1).view(torch.uint8)
+    b = expected.contiguous().view(-1).view(torch.uint8)
+    return 1.0 if a.shape != b.shape else (a != b).float().mean().item()
+
+
+def relative_errors(got: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
+    """Relative Frobenius error of each result; infinite where a value is not finite."""
+    errors = []
+    for result, reference in zip(got, expected, strict=False):
+        difference = torch.linalg.vector_norm(result.double() - reference)
+        error = (difference / torch.linalg.vector_norm(reference)).item()
+        errors.append(error if error == error else float("inf"))
+    return errors
+
+
+def check(workload: Workload, contender: Contender, yardstick: Sequence[float]) -> Verdict:
+    """Run one call and hold it against the float64 result, or the reference's bytes."""
+    if contender.partial:
+        return Verdict(None, "")
+    got = _results(contender.calls[0]())
+    if workload.exact:
+        pairs = zip(got, workload.expected, strict=False)
+        share = max(_differing_bytes(g.detach(), e) for g, e in pairs)
+        wrong = contender.ours and (share > 0 or len(got) != len(workload.expected))
+        reason = f"{share:.2%} of its bytes differ from the reference" if wrong else ""
+        return Verdict(share, reason)
+    errors = relative_errors(got, workload.expected)
+    worst = max(errors)
+    if not contender.ours:
+        return Verdict(worst, f"error {worst:.2g}" if worst > PEER_ERROR else "")
+    if len(got) != len(workload.expected):
+        return Verdict(worst, f"{len(got)} results instead of {len(workload.expected)}")
+    for index, error in enumerate(errors):
+        bound = workload.factor * yardstick[index]
+        if index >= 2:
+            bound = max(bound, GRADIENT_ERROR[workload.case.dtype])
+        # Not `error > bound`: a NaN must fail.
+        if not error <= bound:
+            return Verdict(worst, f"error {error:.3g} of result {index} exceeds {bound:.3g}")
+    return Verdict(worst, "")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Measurements of one case, and what was refused: name of the contender to reason."""
+
+    measurements: list[Measurement]
+    red: dict[str, str]
+    refused_peers: dict[str, str]
+
+
+def _measurement(
+    workload: Workload,
+    name: str,
+    samples: Samples,
+    scale: float,
+    limit: tuple[str, float],
+    error: float | None,
+) -> Measurement:
+    case = workload.case
+    p20, p50, p80 = (samples.quantile(q) * scale for q in (0.2, 0.5, 0.8))
+    limit_name, limit_ms = limit
+    return Measurement(
+        op=case.op,
+        contender=name,
+        n=case.n,
+        k=case.k,
+        m=case.m,
+        rank=case.rank,
+        dtype=str(case.dtype).removeprefix("torch."),
+        ms_p20=p20,
+        ms_p50=p50,
+        ms_p80=p80,
+        gbps=workload.nbytes / p50 / 1e6,
+        gflops=workload.flops / p50 / 1e6,
+        limit=limit_name,
+        limit_ms=limit_ms,
+        share=limit_ms / p50,
+        error=error,
+        samples=len(samples.ms),
+        rounds=samples.rounds,
+        method=samples.method,
+        foreign_cores=samples.foreign_cores,
+        noisy=samples.noisy,
+    )
+
+
+def _cuda_limit(workload: Workload, bench: Bench) -> tuple[str, float]:
+    copy, matmul = (rate.per_second for rate in bench.peaks.rates())
+    # float32 has no tensor-core peak here; its limit is left to the bytes.
+    flops = 0.0 if workload.case.dtype is torch.float32 else workload.flops
+    limits = {"copy": workload.nbytes / copy, "matmul_bf16": flops / matmul}
+    name = max(limits, key=lambda key: limits[key])
+    return name, limits[name] * 1e3
+
+
+def run_case(
+    case: Case, layer: Layer, bench: Bench, rounds: int, budget: float, only: Sequence[str] = ()
+) -> Outcome:
+    """Check and time every contender of ``case`` (those named in ``only``, if any are)."""
+    workload = ops.OPS[case.op](case, layer, bench)
+    contenders = list(workload.contenders)
+    red: dict[str, str] = {}
+    refused: dict[str, str] = {}
+    errors: dict[str, float | None] = {}
+    trains = case.op == "linear_lora"
+    mode = contextlib.nullcontext() if trains else torch.inference_mode()
+    with mode:
+        yardstick: list[float] = []
+        for contender in contenders:
+            if contender.name == workload.yardstick:
+                got = _results(contender.calls[0]())
+                yardstick = relative_errors(got, workload.expected)
+        for contender in contenders:
+            verdict = check(workload, contender, yardstick)
+            errors[contender.name] = verdict.error
+            if verdict.refused:
+                (red if contender.ours else refused)[contender.name] = verdict.refused
+        timed = [
+            c
+            for c in contenders
+            if c.name not in red and c.name not in refused and (not only or c.name in only)
+        ]
+        samples = _time(workload, timed, bench, rounds, budget)
+    limit = ("", 0.0)
+    if bench.device.type == "cuda" and workload.nbytes:
+        limit = _cuda_limit(workload, bench)
+    rows = []
+    if workload.probes:
+        times = {
+            p.name: samples[f"limit:{p.name}"].quantile(0.5) * p.scale for p in workload.probes
+        }
+        name = max(times, key=lambda key: times[key])
+        limit = (name, times[name])
+    for probe in workload.probes:
+        key = f"limit:{probe.name}"
+        rows.append(_measurement(workload, key, samples[key], probe.scale, limit, None))
+    for c in timed:
+        rows.append(_measurement(workload, c.name, samples[c.name], 1.0, limit, errors[c.name]))
+    del workload, contenders, timed
+    gc.collect()
+    return Outcome(rows, red, refused)
+
+
+def _time(
+    workload: Workload, timed: Sequence[Contender], bench: Bench, rounds: int, budget: float
+) -> dict[str, Samples]:
+    if bench.device.type == "cuda":
+        return timing.interleave_cuda({c.name: (c.calls, c.capturable) for c in timed}, rounds)
+    calls = {f"limit:{p.name}": p.calls for p in workload.probes}
+    return timing.interleave(calls | {c.name: c.calls for c in timed}, rounds, budget)

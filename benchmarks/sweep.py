@@ -1,0 +1,157 @@
+"""The cases of a sweep, run one after another, printed as they finish and appended to a CSV."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import nf4
+from benchmarks import peers, results
+from benchmarks.measure import Outcome, run_case
+from benchmarks.ops import LORA_RANK, OPS, Bench, Case, Layer
+from benchmarks.peaks import CpuPeaks, CudaPeaks
+from benchmarks.results import Row
+
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
+TOKENS = {"bfloat16": (1, 2, 4, 8, 16, 64, 512), "float32": (64, 512)}
+GPU_TOKENS = (1, 4, 8, 16, 32, 64, 256, 2048, 8192)
+QUICK_SHAPE = (4096, 4096)
+OVERHEAD_SHAPE = (64, 64)
+# Four times the last-level cache where its size is not known. A GPU's L2 reaches 126 MB.
+_DEFAULT_ROTATION = 128 << 20
+_CUDA_ROTATION = 256 << 20
+
+
+def _last_level_cache() -> int:
+    """Bytes of the largest cache of the first CPU; 0 where the system does not tell."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    sizes = [0]
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text().strip()
+        if text[:-1].isdigit() and text[-1] in units:
+            sizes.append(int(text[:-1]) * units[text[-1]])
+    return max(sizes)
+
+
+def cpu_isa() -> str:
+    """The instruction-set level in force: the machine's, capped by NF4_CPU_ISA."""
+    held = os.environ.get("NF4_CPU_ISA")
+    if held:
+        return held
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return "portable"
+    capabilities = torch.cpu.get_capabilities()
+    for level, flag in (
+        ("avx512_bf16", "avx512_bf16"),
+        ("avx512", "avx512_f"),
+        ("avx2", "avx2"),
+    ):
+        if capabilities.get(flag):
+            return level
+    return "portable"
+
+
+def _bench(args: argparse.Namespace) -> Bench:
+    kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(kind)
+    torch.set_num_threads(args.threads)
+    backends = args.backend
+    if kind == "cuda":
+        usable = [n for n in ("cuda", "triton") if nf4.available_backends()[n]]
+        backends = backends or usable or ["default"]
+        peaks: CpuPeaks | CudaPeaks = CudaPeaks(device)
+        isa, rotation = (
+            f"sm_{''.join(map(str, torch.cuda.get_device_capability()))}",
+            _CUDA_ROTATION,
+        )
+    else:
+        isa = cpu_isa()
+        peaks = CpuPeaks(args.threads, 64 if isa.startswith("avx512") else 32)
+        rotation = 4 * _last_level_cache() or _DEFAULT_ROTATION
+    if args.quick:
+        rotation //= 2
+    names = () if args.no_peers else peers.installed()
+    if args.quick:
+        # torchao's import and its eager dequantization take longer than all the rest.
+        names = [n for n in names if n != "torchao"]
+    return Bench(device, args.threads, isa, peaks, backends or ["default"], names, rotation)
+
+
+def _cases(args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
+    chosen = args.op or list(OPS)
+    unknown = set(chosen) - set(OPS)
+    if unknown:
+        raise SystemExit(f"benchmarks: --op must be one of {', '.join(OPS)}, got {unknown.pop()}")
+    gpu = device.type == "cuda"
+    shapes = args.shape or ([QUICK_SHAPE] if args.quick else SHAPES)
+    dtypes = args.dtype or (["bfloat16"] if gpu else ["bfloat16", "float32"])
+    for n, k in shapes:
+        for op in chosen:
+            if op in ("quantize", "dequantize"):
+                yield Case(op, n, k)
+            elif op != "overhead":
+                for dtype in dtypes:
+                    for m in _tokens(args, op, dtype, gpu):
+                        rank = 0 if op == "linear" else LORA_RANK
+                        yield Case(op, n, k, m, getattr(torch, dtype), rank)
+    if "overhead" in chosen:
+        for dtype in dtypes:
+            yield Case("overhead", *OVERHEAD_SHAPE, 1, getattr(torch, dtype))
+
+
+def _tokens(args: argparse.Namespace, op: str, dtype: str, gpu: bool) -> Sequence[int]:
+    if args.m:
+        return args.m
+    if args.quick:
+        return (1, 16, 256) if op == "linear" else (256,)
+    if op == "linear":
+        return GPU_TOKENS if gpu else TOKENS["float32" if dtype == "float32" else "bfloat16"]
+    if gpu:
+        return (2048, 8192)
+    # The CPU's training step covers the forward.
+    return (512,) if op == "linear_lora" else ()
+
+
+def _print(case: Case, outcome: Outcome) -> None:
+    print(f"{case}", flush=True)
+    for m in outcome.measurements:
+        share = f"{m.share:.0%} of {m.limit}" if m.limit else ""
+        error = "" if m.error is None else f"error {m.error:.2g}"
+        compute = m.limit in ("dot_bf16", "fma_f32", "matmul_bf16")
+        rate = f"{m.gflops:.0f} GFLOP/s" if compute else f"{m.gbps:.1f} GB/s"
+        noise = f"noisy: {m.foreign_cores:.1f} foreign cores" if m.noisy else ""
+        times = f"{m.ms_p50:.4f} ms ({m.ms_p20:.4f} .. {m.ms_p80:.4f})"
+        line = f"  {m.contender:<24}{times:<38}{rate:>13}  {share:<17}{error:<15}{noise}"
+        print(line.rstrip(), flush=True)
+    for name, reason in {**outcome.red, **outcome.refused_peers}.items():
+        print(f"  {name:<24}not timed: {reason}", flush=True)
+
+
+def run(args: argparse.Namespace) -> list[str]:
+    """Run the sweep that ``args`` describe; returns what was wrong."""
+    bench = _bench(args)
+    env = results.environment(bench.device, bench.isa, bench.threads)
+    print(f"{env.hardware}; {env.isa}; {env.threads} threads; nf4 {env.nf4} at {env.commit}")
+    print(f"limits: {', '.join(str(rate) for rate in bench.peaks.rates())}")
+    print(f"peers: {', '.join(bench.peers) or 'none'}; torch {env.torch}", flush=True)
+    rounds = args.rounds or (2 if args.quick else 5)
+    budget = 0.03 if args.quick else 0.08
+    layer = None
+    red = []
+    for case in _cases(args, bench.device):
+        if layer is None or (layer.n, layer.k) != (case.n, case.k):
+            # A call so small that only its overhead counts finds its data in the cache anyway.
+            rotate_bytes = 0 if case.op == "overhead" else bench.rotate_bytes
+            layer = Layer(replace(bench, rotate_bytes=rotate_bytes), case.n, case.k)
+        outcome = run_case(case, layer, layer.bench, rounds, budget, args.contender or ())
+        _print(case, outcome)
+        red += [f"{case} by {name}: {reason}" for name, reason in outcome.red.items()]
+        if args.csv:
+            results.append(args.csv, [Row(env, m) for m in outcome.measurements])
+    return red
