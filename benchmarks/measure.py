@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from benchmarks import ops, timing
+from benchmarks import ops, optimizers, timing
 from benchmarks.ops import Bench, Case, Contender, Layer, Workload
 from benchmarks.results import Measurement
 from benchmarks.timing import Samples
 
+OPS: dict[str, Callable[[Case, Layer, Bench], Workload]] = {
+    "quantize": ops.quantize,
+    "dequantize": ops.dequantize,
+    "linear": ops.linear,
+    "linear_lora": ops.linear_lora,
+    "linear_lora_forward": ops.linear_lora_forward,
+    "overhead": ops.overhead,
+    "adamw8bit": optimizers.adamw8bit,
+}
+# Ops whose calls record gradients or change their inputs.
+_TRAINS = ("linear_lora", "adamw8bit")
 # A peer further off than this computes something else, and its time means nothing. torchao's own
 # scales put it at 0.01 from the shared bytes; bitsandbytes is at 0.003 where it computes in bf16.
 PEER_ERROR = 0.05
@@ -54,23 +65,25 @@ def relative_errors(got: Sequence[Tensor], expected: Sequence[Tensor]) -> list[f
     return errors
 
 
-def check(workload: Workload, contender: Contender, yardstick: Sequence[float]) -> Verdict:
-    """Run one call and hold it against the float64 result, or the reference's bytes."""
-    if contender.partial:
-        return Verdict(None, "")
+def _judge_exact(workload: Workload, contender: Contender) -> Verdict:
     got = _results(contender.calls[0]())
-    if workload.exact:
-        pairs = zip(got, workload.expected, strict=False)
-        share = max(_differing_bytes(g.detach(), e) for g, e in pairs)
-        wrong = contender.ours and (share > 0 or len(got) != len(workload.expected))
-        reason = f"{share:.2%} of its bytes differ from the reference" if wrong else ""
-        return Verdict(share, reason)
-    errors = relative_errors(got, workload.expected)
-    worst = max(errors)
+    pairs = zip(got, workload.expected, strict=False)
+    share = max(_differing_bytes(result, reference) for result, reference in pairs)
     if not contender.ours:
-        return Verdict(worst, f"error {worst:.2g}" if worst > PEER_ERROR else "")
+        return Verdict(share, "")
     if len(got) != len(workload.expected):
-        return Verdict(worst, f"{len(got)} results instead of {len(workload.expected)}")
+        return Verdict(share, f"{len(got)} results instead of {len(workload.expected)}")
+    return Verdict(share, f"{share:.2%} of its bytes differ from the reference" if share else "")
+
+
+def _judge(
+    workload: Workload, ours: bool, errors: Sequence[float], yardstick: Sequence[float]
+) -> Verdict:
+    worst = max(errors)
+    if not ours:
+        return Verdict(worst, f"error {worst:.2g}" if worst > PEER_ERROR else "")
+    if len(errors) != len(workload.expected):
+        return Verdict(worst, f"{len(errors)} results instead of {len(workload.expected)}")
     for index, error in enumerate(errors):
         bound = workload.factor * yardstick[index]
         if index >= 2:
@@ -79,6 +92,20 @@ def check(workload: Workload, contender: Contender, yardstick: Sequence[float]) 
         if not error <= bound:
             return Verdict(worst, f"error {error:.3g} of result {index} exceeds {bound:.3g}")
     return Verdict(worst, "")
+
+
+def check(workload: Workload) -> dict[str, Verdict]:
+    """Run each contender once and hold its results against float64, or the reference's bytes."""
+    whole = [c for c in workload.contenders if not c.partial]
+    verdicts = {c.name: Verdict(None, "") for c in workload.contenders if c.partial}
+    if workload.exact:
+        return verdicts | {c.name: _judge_exact(workload, c) for c in whole}
+    errors = {
+        c.name: relative_errors(_results((c.outcome or c.calls[0])()), workload.expected)
+        for c in whole
+    }
+    yardstick = errors[workload.yardstick]
+    return verdicts | {c.name: _judge(workload, c.ours, errors[c.name], yardstick) for c in whole}
 
 
 @dataclass(frozen=True)
@@ -139,27 +166,19 @@ def run_case(
     case: Case, layer: Layer, bench: Bench, rounds: int, budget: float, only: Sequence[str] = ()
 ) -> Outcome:
     """Check and time every contender of ``case`` (those named in ``only``, if any are)."""
-    workload = ops.OPS[case.op](case, layer, bench)
-    contenders = list(workload.contenders)
+    workload = OPS[case.op](case, layer, bench)
     red: dict[str, str] = {}
     refused: dict[str, str] = {}
-    errors: dict[str, float | None] = {}
-    trains = case.op == "linear_lora"
-    mode = contextlib.nullcontext() if trains else torch.inference_mode()
+    mode = contextlib.nullcontext() if case.op in _TRAINS else torch.inference_mode()
     with mode:
-        yardstick: list[float] = []
-        for contender in contenders:
-            if contender.name == workload.yardstick:
-                got = _results(contender.calls[0]())
-                yardstick = relative_errors(got, workload.expected)
-        for contender in contenders:
-            verdict = check(workload, contender, yardstick)
-            errors[contender.name] = verdict.error
-            if verdict.refused:
-                (red if contender.ours else refused)[contender.name] = verdict.refused
+        verdicts = check(workload)
+        for contender in workload.contenders:
+            reason = verdicts[contender.name].refused
+            if reason:
+                (red if contender.ours else refused)[contender.name] = reason
         timed = [
             c
-            for c in contenders
+            for c in workload.contenders
             if c.name not in red and c.name not in refused and (not only or c.name in only)
         ]
         samples = _time(workload, timed, bench, rounds, budget)
@@ -177,8 +196,11 @@ def run_case(
         key = f"limit:{probe.name}"
         rows.append(_measurement(workload, key, samples[key], probe.scale, limit, None))
     for c in timed:
-        rows.append(_measurement(workload, c.name, samples[c.name], 1.0, limit, errors[c.name]))
-    del workload, contenders, timed
+        rows.append(
+            _measurement(workload, c.name, samples[c.name], 1.0, limit, verdicts[c.name].error)
+        )
+    # Weights of several hundred MB hang in reference cycles of their closures.
+    del workload, timed
     gc.collect()
     return Outcome(rows, red, refused)
 

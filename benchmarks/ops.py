@@ -49,7 +49,8 @@ class Contender:
 
     ``ours`` must be within the bounds or the case fails; peers are timed with their error stated.
     ``partial``: computes less than the op (no LoRA, say) and is timed as a mark, unchecked.
-    ``capturable``: a CUDA graph can record the calls.
+    ``capturable``: a CUDA graph can record the calls. ``outcome``: one call whose results are
+    checked, where the timed calls return none.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Contender:
     ours: bool = False
     partial: bool = False
     capturable: bool = True
+    outcome: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class Layer:
 
 
 def _ours(
-    bench: Bench, make: Callable[[int], Callable[[], object]], count: int, **options: bool
+    bench: Bench, make: Callable[[int], Callable[[], object]], count: int, capturable: bool = True
 ) -> list[Contender]:
     """One contender per nf4 backend in the run; ``make(i)`` is the call on copy ``i``."""
     contenders = []
@@ -168,7 +170,7 @@ def _ours(
         make_call = make if backend == "default" else forced
         name = "nf4" if backend == "default" else f"nf4_{backend}"
         contenders.append(
-            Contender(name, [make_call(i) for i in range(count)], ours=True, **options)
+            Contender(name, [make_call(i) for i in range(count)], ours=True, capturable=capturable)
         )
     return contenders
 
@@ -250,6 +252,10 @@ def dequantize(case: Case, layer: Layer, bench: Bench) -> Workload:
     return Workload(case, contenders, probes, nbytes, 0, expected, exact=True)
 
 
+def _dense(x: Tensor, w: Tensor) -> Callable[[], object]:
+    return lambda: F.linear(x, w)
+
+
 # Error of ours over that of F.linear on the dequantized weight, as the tests demand it.
 ERROR_FACTOR = {torch.float32: 2.0, torch.bfloat16: 1.25, torch.float16: 1.25}
 
@@ -265,7 +271,7 @@ def linear(case: Case, layer: Layer, bench: Bench) -> Workload:
     nbytes = layer.q.nbytes + (case.m * (case.n + case.k)) * case.dtype.itemsize
     contenders = [
         *_ours(bench, lambda i: lambda: nf4.linear(x, qs[i]), len(qs)),
-        Contender("torch_dense", [lambda w=w: F.linear(x, w) for w in dense]),
+        Contender("torch_dense", [_dense(x, w) for w in dense]),
         *peers.linear(case, layer, x, bench),
     ]
     expected = (x.double() @ layer.w32.double().t(),)
@@ -300,9 +306,8 @@ class LoraInputs:
 
 
 def _lora_inputs(case: Case, bench: Bench) -> LoraInputs:
-    options = {"dtype": torch.float32, "device": bench.device}
-    a = (torch.rand(case.rank, case.k, **options) - 0.5) * (2 / math.sqrt(case.k))
-    b = torch.randn(case.n, case.rank, **options) * 0.02
+    a = (torch.rand(case.rank, case.k, device=bench.device) - 0.5) * (2 / math.sqrt(case.k))
+    b = torch.randn(case.n, case.rank, device=bench.device) * 0.02
     x = torch.randn(case.m, case.k, device=bench.device).to(case.dtype)
     grad_y = torch.randn(case.m, case.n, device=bench.device).to(case.dtype)
     return LoraInputs(x.requires_grad_(), grad_y, a.requires_grad_(), b.requires_grad_())
@@ -323,6 +328,12 @@ def _lora_flops(case: Case) -> tuple[float, float]:
     return base + down + up, 2 * base + 3 * down + 3 * up
 
 
+def _dense_lora(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The same layer in plain torch, with a weight that was never quantized."""
+    up = F.linear(F.linear(x.to(a.dtype), a), b) * LORA_SCALING
+    return F.linear(x, w) + up.to(x.dtype)
+
+
 def linear_lora(case: Case, layer: Layer, bench: Bench) -> Workload:
     """One training step: forward, then the gradients of x, A and B."""
     from benchmarks import peers
@@ -338,11 +349,7 @@ def linear_lora(case: Case, layer: Layer, bench: Bench) -> Workload:
         return lambda: inputs.step(lambda: nf4.linear_lora(x, qs[i], a, b, LORA_SCALING), x, a, b)
 
     def dense_lora(w: Tensor) -> Callable[[], object]:
-        def forward() -> Tensor:
-            up = F.linear(F.linear(x.to(a.dtype), a), b) * LORA_SCALING
-            return F.linear(x, w) + up.to(x.dtype)
-
-        return lambda: inputs.step(forward, x, a, b)
+        return lambda: inputs.step(lambda: _dense_lora(x, w, a, b), x, a, b)
 
     def dense_only(w: Tensor) -> Callable[[], object]:
         return lambda: inputs.step(lambda: F.linear(x, w), x)
@@ -376,19 +383,17 @@ def linear_lora_forward(case: Case, layer: Layer, bench: Bench) -> Workload:
     flops, _ = _lora_flops(case)
     values = case.m * (case.n + case.k) * case.dtype.itemsize
     nbytes = layer.q.nbytes + values + 4 * case.rank * (case.n + case.k)
+
+    def ours(i: int) -> Callable[[], object]:
+        return lambda: nf4.linear_lora(x, qs[i], a, b, LORA_SCALING)
+
+    def dense_lora(w: Tensor) -> Callable[[], object]:
+        return lambda: _dense_lora(x, w, a, b)
+
     contenders = [
-        *_ours(bench, lambda i: lambda: nf4.linear_lora(x, qs[i], a, b, LORA_SCALING), len(qs)),
-        Contender("torch_dense", [lambda w=w: F.linear(x, w) for w in dense], partial=True),
-        Contender(
-            "torch_dense_lora",
-            [
-                lambda w=w: (
-                    F.linear(x, w)
-                    + (F.linear(F.linear(x.to(a.dtype), a), b) * LORA_SCALING).to(x.dtype)
-                )
-                for w in dense
-            ],
-        ),
+        *_ours(bench, ours, len(qs)),
+        Contender("torch_dense", [_dense(x, w) for w in dense], partial=True),
+        Contender("torch_dense_lora", [dense_lora(w) for w in dense]),
         *peers.linear_lora_forward(case, layer, inputs, bench),
     ]
     return Workload(
@@ -407,13 +412,3 @@ def overhead(case: Case, layer: Layer, bench: Bench) -> Workload:
     """The forward of a layer so small that only the call costs anything."""
     workload = linear(case, layer, bench)
     return replace(workload, probes=(), nbytes=0, flops=0)
-
-
-OPS: dict[str, Callable[[Case, Layer, Bench], Workload]] = {
-    "quantize": quantize,
-    "dequantize": dequantize,
-    "linear": linear,
-    "linear_lora": linear_lora,
-    "linear_lora_forward": linear_lora_forward,
-    "overhead": overhead,
-}

@@ -42,6 +42,8 @@ def _bnb_layer(layer: Layer, dtype: torch.dtype, copy: int) -> Any:
         device=layer.bench.device,
         module=module,
     )
+    # As if the model had been loaded in this dtype; the backward dequantizes to it.
+    module.weight.quant_state.dtype = dtype
     return module
 
 
@@ -81,8 +83,6 @@ def dequantize(case: Case, layer: Layer, outs: Sequence[Tensor], bench: Bench) -
     import bitsandbytes.functional as bnb
 
     modules = _bnb_copies(layer, case.dtype)
-    for module in modules:
-        module.weight.quant_state.dtype = case.dtype
 
     def given(i: int) -> Callable[[], object]:
         weight, out = modules[i].weight, outs[i % len(outs)]
@@ -142,7 +142,8 @@ def _peft_layer(layer: Layer, dtype: torch.dtype, copy: int, inputs: LoraInputs)
         target_modules=["proj"],
         lora_dropout=0.0,
     )
-    module = get_peft_model(base, config).base_model.model.proj.to(layer.bench.device)
+    model: Any = get_peft_model(base, config)
+    module = model.base_model.model.proj.to(layer.bench.device)
     with torch.no_grad():
         module.lora_A["default"].weight.copy_(inputs.a)
         module.lora_B["default"].weight.copy_(inputs.b)

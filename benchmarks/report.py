@@ -51,8 +51,8 @@ def best_peer(
         peer = contenders.get(name)
         if peer is None or (peer.error is None and ours.error is not None):
             continue
-        exact = not ours.error or not peer.error
-        if exact or peer.error <= _SAME_PRECISION * ours.error:
+        bound = _SAME_PRECISION * ours.error if ours.error else None
+        if bound is None or peer.error is None or peer.error <= bound:
             fit.append(peer)
     return min(fit, key=lambda peer: peer.ms_p50, default=None)
 

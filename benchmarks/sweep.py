@@ -13,8 +13,8 @@ import torch
 
 import nf4
 from benchmarks import peers, results
-from benchmarks.measure import Outcome, run_case
-from benchmarks.ops import LORA_RANK, OPS, Bench, Case, Layer
+from benchmarks.measure import OPS, Outcome, run_case
+from benchmarks.ops import LORA_RANK, Bench, Case, Layer
 from benchmarks.peaks import CpuPeaks, CudaPeaks
 from benchmarks.results import Row
 
@@ -95,7 +95,7 @@ def _cases(args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
         for op in chosen:
             if op in ("quantize", "dequantize"):
                 yield Case(op, n, k)
-            elif op != "overhead":
+            elif op not in ("overhead", "adamw8bit"):
                 for dtype in dtypes:
                     for m in _tokens(args, op, dtype, gpu):
                         rank = 0 if op == "linear" else LORA_RANK
@@ -103,6 +103,8 @@ def _cases(args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
     if "overhead" in chosen:
         for dtype in dtypes:
             yield Case("overhead", *OVERHEAD_SHAPE, 1, getattr(torch, dtype))
+    if "adamw8bit" in chosen:
+        yield Case("adamw8bit", 8_000_000 if args.quick else 100_000_000, 1, 0, torch.float32)
 
 
 def _tokens(args: argparse.Namespace, op: str, dtype: str, gpu: bool) -> Sequence[int]:
