@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import ops, optimizers, timing
-from benchmarks.ops import Bench, Case, Contender, Layer, Workload
 from benchmarks.results import Measurement
 from benchmarks.timing import Samples
+from benchmarks.workload import Bench, Case, Contender, Layer, Workload
 
 OPS: dict[str, Callable[[Case, Layer, Bench], Workload]] = {
     "quantize": ops.quantize,

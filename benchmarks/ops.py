@@ -1,152 +1,29 @@
-"""The registry: for each op its inputs, what it must move and compute, and who competes.
-
-All contenders of a case compute the same function of the same quantized bytes. Each has several
-calls, on different copies of the weight, so that a rotation over them exceeds the last-level cache.
-"""
+"""The registry: for each op its inputs, what it must move and compute, and who competes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import nf4
-from benchmarks.peaks import CpuPeaks, CudaPeaks
-from benchmarks.timing import Call
-
-BLOCK_SIZE = 64
-# Tiny layers would need thousands to leave the cache; they are not timed for their bandwidth.
-_MAX_COPIES = 64
-LORA_RANK = 16
-LORA_SCALING = 2.0
-NF4_BYTES = 0.5 + 1 / BLOCK_SIZE + 4 / (BLOCK_SIZE * 256)  # a weight, with its nested scales
-
-
-@dataclass(frozen=True)
-class Case:
-    """One line of a sweep. ``m`` is the number of tokens; ``rank`` is 0 without LoRA."""
-
-    op: str
-    n: int
-    k: int
-    m: int = 0
-    dtype: torch.dtype = torch.bfloat16
-    rank: int = 0
-
-    def __str__(self) -> str:
-        tokens = f" M={self.m}" if self.m else ""
-        return f"{self.op} {self.n}x{self.k}{tokens} {str(self.dtype).removeprefix('torch.')}"
-
-
-@dataclass(frozen=True)
-class Contender:
-    """An implementation: ``calls`` return the op's results, in the order of ``expected``.
-
-    ``ours`` must be within the bounds or the case fails; peers are timed with their error stated.
-    ``partial``: computes less than the op (no LoRA, say) and is timed as a mark, unchecked.
-    ``capturable``: a CUDA graph can record the calls. ``outcome``: one call whose results are
-    checked, where the timed calls return none.
-    """
-
-    name: str
-    calls: Sequence[Callable[[], object]]
-    ours: bool = False
-    partial: bool = False
-    capturable: bool = True
-    outcome: Callable[[], object] | None = None
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A limit of the machine, timed beside the contenders; ``scale`` converts its time."""
-
-    name: str
-    calls: Sequence[Call]
-    scale: float
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A case made concrete. ``nbytes`` and ``flops``: the fewest one call can do with."""
-
-    case: Case
-    contenders: Sequence[Contender]
-    probes: Sequence[Probe]
-    nbytes: float
-    flops: float
-    # Float64 results, or the reference's bytes where ``exact``.
-    expected: Sequence[Tensor] = ()
-    exact: bool = False
-    # Name of the contender whose error bounds ours, and by which factor.
-    yardstick: str = ""
-    factor: float = 0.0
-
-
-@dataclass
-class Bench:
-    """What all cases of a run share."""
-
-    device: torch.device
-    threads: int
-    isa: str
-    peaks: CpuPeaks | CudaPeaks
-    backends: Sequence[str]
-    peers: Sequence[str]
-    rotate_bytes: int
-
-    def copies(self, nbytes: int) -> int:
-        """How many buffers of that size make a rotation."""
-        return max(1, min(_MAX_COPIES, math.ceil(self.rotate_bytes / max(nbytes, 1))))
-
-
-@dataclass
-class Layer:
-    """A quantized weight ``[n, k]`` and its copies in every form a contender wants."""
-
-    bench: Bench
-    n: int
-    k: int
-    _dense: dict[torch.dtype, list[Tensor]] = field(default_factory=dict)
-
-    @cached_property
-    def source(self) -> Tensor:
-        """The bf16 weight: rows of different spread, as trained weights have."""
-        spread = torch.rand(self.n, 1, device=self.bench.device) + 0.5
-        w = torch.randn(self.n, self.k, device=self.bench.device) * spread * 0.02
-        return w.bfloat16()
-
-    @cached_property
-    def q(self) -> nf4.QuantizedTensor:
-        return nf4.quantize(self.source, block_size=BLOCK_SIZE)
-
-    @cached_property
-    def qs(self) -> list[nf4.QuantizedTensor]:
-        """Copies of ``q`` in memory of their own."""
-        count = self.bench.copies(self.q.nbytes)
-        copies = [
-            replace(self.q, packed=self.q.packed.clone(), absmax=self.q.absmax.clone())
-            for _ in range(count - 1)
-        ]
-        return [self.q, *copies]
-
-    @cached_property
-    def w32(self) -> Tensor:
-        """The dequantized weight by the reference backend, float32."""
-        with nf4.use_backend("reference"):
-            return nf4.dequantize(self.q, torch.float32)
-
-    def dense(self, dtype: torch.dtype) -> list[Tensor]:
-        """Copies of the dequantized weight in ``dtype``."""
-        if dtype not in self._dense:
-            w = self.w32.to(dtype)
-            count = self.bench.copies(w.nbytes)
-            self._dense[dtype] = [w, *(w.clone() for _ in range(count - 1))]
-        return self._dense[dtype]
+from benchmarks import peers
+from benchmarks.peaks import CpuPeaks
+from benchmarks.workload import (
+    BLOCK_SIZE,
+    LORA_SCALING,
+    Bench,
+    Case,
+    Contender,
+    Layer,
+    LoraInputs,
+    Probe,
+    Workload,
+)
 
 
 def _ours(
@@ -195,8 +72,6 @@ def _compute_probe(bench: Bench, case: Case, flops: float) -> list[Probe]:
 
 def quantize(case: Case, layer: Layer, bench: Bench) -> Workload:
     """bf16 weight to NF4 with double quantization."""
-    from benchmarks import peers
-
     count = bench.copies(layer.source.nbytes)
     weights = [layer.source, *(layer.source.clone() for _ in range(count - 1))]
     nbytes = layer.source.nbytes + layer.q.nbytes
@@ -225,8 +100,6 @@ def _quantized_tensors(q: nf4.QuantizedTensor) -> tuple[Tensor, ...]:
 
 def dequantize(case: Case, layer: Layer, bench: Bench) -> Workload:
     """Into a given buffer; the buffers rotate with the weights."""
-    from benchmarks import peers
-
     qs = layer.qs
     out_bytes = case.n * case.k * case.dtype.itemsize
     outs = [
@@ -262,8 +135,6 @@ ERROR_FACTOR = {torch.float32: 2.0, torch.bfloat16: 1.25, torch.float16: 1.25}
 
 def linear(case: Case, layer: Layer, bench: Bench) -> Workload:
     """Forward only, as in decoding and evaluation."""
-    from benchmarks import peers
-
     x = torch.randn(case.m, case.k, dtype=case.dtype, device=bench.device)
     qs = layer.qs
     dense = layer.dense(case.dtype)
@@ -285,24 +156,6 @@ def linear(case: Case, layer: Layer, bench: Bench) -> Workload:
         yardstick="torch_dense",
         factor=ERROR_FACTOR[case.dtype],
     )
-
-
-@dataclass(frozen=True)
-class LoraInputs:
-    """Leaves of one training step through a layer with LoRA; adapters are float32."""
-
-    x: Tensor  # [M, K]
-    grad_y: Tensor  # [M, N]
-    a: Tensor  # [r, K]
-    b: Tensor  # [N, r]
-
-    def step(self, forward: Callable[[], Tensor], *leaves: Tensor) -> tuple[Tensor | None, ...]:
-        """Forward and backward; returns y and the gradients of ``leaves``."""
-        for leaf in leaves:
-            leaf.grad = None
-        y = forward()
-        y.backward(self.grad_y)
-        return (y.detach(), *(leaf.grad for leaf in leaves))
 
 
 def _lora_inputs(case: Case, bench: Bench) -> LoraInputs:
@@ -336,8 +189,6 @@ def _dense_lora(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def linear_lora(case: Case, layer: Layer, bench: Bench) -> Workload:
     """One training step: forward, then the gradients of x, A and B."""
-    from benchmarks import peers
-
     inputs = _lora_inputs(case, bench)
     x, a, b = inputs.x, inputs.a, inputs.b
     qs, dense = layer.qs, layer.dense(case.dtype)
@@ -375,8 +226,6 @@ def linear_lora(case: Case, layer: Layer, bench: Bench) -> Workload:
 
 def linear_lora_forward(case: Case, layer: Layer, bench: Bench) -> Workload:
     """The forward of a training step alone, without recording gradients."""
-    from benchmarks import peers
-
     inputs = _lora_inputs(case, bench)
     x, a, b = (t.detach() for t in (inputs.x, inputs.a, inputs.b))
     qs, dense = layer.qs, layer.dense(case.dtype)

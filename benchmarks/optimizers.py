@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.ops import Bench, Case, Contender, Layer, Probe, Workload
 from benchmarks.peaks import CpuPeaks
+from benchmarks.workload import Bench, Case, Contender, Layer, Probe, Workload
 
 _TENSOR_ROWS, _TENSOR_COLUMNS = 2000, 2000
 _OPTIONS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import ops
-
-if TYPE_CHECKING:
-    from benchmarks.ops import Bench, Case, Contender, Layer, LoraInputs
+from benchmarks.workload import (
+    BLOCK_SIZE,
+    LORA_SCALING,
+    Bench,
+    Case,
+    Contender,
+    Layer,
+    LoraInputs,
+)
 
 PEERS = ("bitsandbytes", "peft", "torchao")
 
@@ -55,7 +60,7 @@ def _repacks(layer: Layer) -> bool:
     """Whether bitsandbytes' eval path repacks this weight (its rules for the shape)."""
     from bitsandbytes.functional import has_avx512bf16
 
-    fits = layer.n % 32 == 0 and layer.k % ops.BLOCK_SIZE == 0
+    fits = layer.n % 32 == 0 and layer.k % BLOCK_SIZE == 0
     cpu = layer.bench.device.type == "cpu"
     return cpu and fits and layer.bench.isa == "avx512_bf16" and bool(has_avx512bf16())
 
@@ -68,13 +73,13 @@ def quantize(case: Case, weights: Sequence[Tensor], bench: Bench) -> list[Conten
     def call(w: Tensor) -> Callable[[], object]:
         def run() -> tuple[Tensor, ...]:
             packed, state = bnb.quantize_4bit(
-                w, blocksize=ops.BLOCK_SIZE, compress_statistics=True, quant_type="nf4"
+                w, blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4"
             )
             return packed, state.absmax, state.state2.absmax, state.offset
 
         return run
 
-    return [ops.Contender("bitsandbytes", [call(w) for w in weights], capturable=False)]
+    return [Contender("bitsandbytes", [call(w) for w in weights], capturable=False)]
 
 
 def dequantize(case: Case, layer: Layer, outs: Sequence[Tensor], bench: Bench) -> list[Contender]:
@@ -93,10 +98,10 @@ def dequantize(case: Case, layer: Layer, outs: Sequence[Tensor], bench: Bench) -
         return lambda: bnb.dequantize_4bit(weight.data, weight.quant_state)
 
     count = len(modules)
-    contenders = [ops.Contender("bitsandbytes_new_output", [fresh(i) for i in range(count)])]
+    contenders = [Contender("bitsandbytes_new_output", [fresh(i) for i in range(count)])]
     if bench.device.type != "cpu":
         # Its CPU build registers no out= form: every call allocates the result.
-        contenders.append(ops.Contender("bitsandbytes", [given(i) for i in range(count)]))
+        contenders.append(Contender("bitsandbytes", [given(i) for i in range(count)]))
     return contenders
 
 
@@ -105,13 +110,13 @@ def linear(case: Case, layer: Layer, x: Tensor, bench: Bench) -> list[Contender]
     if "bitsandbytes" in bench.peers:
         # In training mode, or where the CPU lacks AVX512-BF16, nothing is repacked.
         modules = [m.train() for m in _bnb_copies(layer, case.dtype)]
-        contenders.append(ops.Contender("bitsandbytes", [_forward(m, x) for m in modules]))
+        contenders.append(Contender("bitsandbytes", [_forward(m, x) for m in modules]))
         if _repacks(layer):
             packed = [m.eval() for m in _bnb_copies(layer, case.dtype)]
             with torch.inference_mode():
                 for module in packed:
                     module(x)
-            contenders.append(ops.Contender("bitsandbytes_eval", [_forward(m, x) for m in packed]))
+            contenders.append(Contender("bitsandbytes_eval", [_forward(m, x) for m in packed]))
     if "torchao" in bench.peers and case.dtype is torch.bfloat16:
         contenders.append(_torchao(layer, x))
     return contenders
@@ -126,7 +131,7 @@ def _torchao(layer: Layer, x: Tensor) -> Contender:
     from torchao.quantization.quantize_.workflows import nf4 as torchao_nf4
 
     weight = torchao_nf4.to_nf4(layer.source)
-    return ops.Contender("torchao", [lambda: torchao_nf4.linear_nf4(x, weight)], capturable=False)
+    return Contender("torchao", [lambda: torchao_nf4.linear_nf4(x, weight)], capturable=False)
 
 
 def _peft_layer(layer: Layer, dtype: torch.dtype, copy: int, inputs: LoraInputs) -> Any:
@@ -138,7 +143,7 @@ def _peft_layer(layer: Layer, dtype: torch.dtype, copy: int, inputs: LoraInputs)
     base.add_module("proj", _bnb_layer(layer, dtype, copy))
     config = LoraConfig(
         r=rank,
-        lora_alpha=int(ops.LORA_SCALING * rank),
+        lora_alpha=int(LORA_SCALING * rank),
         target_modules=["proj"],
         lora_dropout=0.0,
     )
@@ -155,12 +160,12 @@ def linear_lora(case: Case, layer: Layer, inputs: LoraInputs, bench: Bench) -> l
     if {"bitsandbytes", "peft"} <= set(bench.peers):
         modules = [_peft_layer(layer, case.dtype, i, inputs) for i in range(len(layer.qs))]
         calls = [_peft_step(m, inputs) for m in modules]
-        contenders.append(ops.Contender("peft_bitsandbytes", calls, capturable=False))
+        contenders.append(Contender("peft_bitsandbytes", calls, capturable=False))
     if "bitsandbytes" in bench.peers:
         # Without LoRA: the base layer alone.
         bases = [m.train() for m in _bnb_copies(layer, case.dtype)]
         steps = [_base_step(m, inputs) for m in bases]
-        contenders.append(ops.Contender("bitsandbytes", steps, partial=True, capturable=False))
+        contenders.append(Contender("bitsandbytes", steps, partial=True, capturable=False))
     return contenders
 
 
@@ -180,4 +185,4 @@ def linear_lora_forward(
         return []
     x = inputs.x.detach()
     modules = [_peft_layer(layer, case.dtype, i, inputs) for i in range(len(layer.qs))]
-    return [ops.Contender("peft_bitsandbytes", [_forward(m, x) for m in modules])]
+    return [Contender("peft_bitsandbytes", [_forward(m, x) for m in modules])]

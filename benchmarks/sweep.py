@@ -14,9 +14,9 @@ import torch
 import nf4
 from benchmarks import peers, results
 from benchmarks.measure import OPS, Outcome, run_case
-from benchmarks.ops import LORA_RANK, Bench, Case, Layer
 from benchmarks.peaks import CpuPeaks, CudaPeaks
 from benchmarks.results import Row
+from benchmarks.workload import LORA_RANK, Bench, Case, Layer
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 TOKENS = {"bfloat16": (1, 2, 4, 8, 16, 64, 512), "float32": (64, 512)}

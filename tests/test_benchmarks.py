@@ -62,14 +62,14 @@ def test_wrong_op_is_refused(monkeypatch: pytest.MonkeyPatch, benchmarks) -> Non
 
     import nf4
 
-    measure, ops = benchmarks("measure"), benchmarks("ops")
+    measure, workload = benchmarks("measure"), benchmarks("workload")
     peaks = benchmarks("peaks").CpuPeaks(1)
-    bench = ops.Bench(torch.device("cpu"), 1, "portable", peaks, ["default"], (), 0)
-    layer = ops.Layer(bench, 64, 128)
+    bench = workload.Bench(torch.device("cpu"), 1, "portable", peaks, ["default"], (), 0)
+    layer = workload.Layer(bench, 64, 128)
     right_linear, right_quantize = nf4.linear, nf4.quantize
     # An error of 1 % in one output column of 64, and one wrong byte.
     monkeypatch.setattr(nf4, "linear", lambda x, q: _scaled(right_linear(x, q)))
-    linear = ops.Case("linear", 64, 128, 4, torch.float32)
+    linear = workload.Case("linear", 64, 128, 4, torch.float32)
     outcome = measure.run_case(linear, layer, bench, 1, 0.001)
     assert "exceeds" in outcome.red["nf4"]
     assert not any(m.contender == "nf4" for m in outcome.measurements)
@@ -82,7 +82,7 @@ def test_wrong_op_is_refused(monkeypatch: pytest.MonkeyPatch, benchmarks) -> Non
         return q
 
     monkeypatch.setattr(nf4, "quantize", off_by_one)
-    outcome = measure.run_case(ops.Case("quantize", 64, 128), layer, bench, 1, 0.001)
+    outcome = measure.run_case(workload.Case("quantize", 64, 128), layer, bench, 1, 0.001)
     assert "differ from the reference" in outcome.red["nf4"]
 
 
