@@ -1,0 +1,71 @@
+// The one way to launch a kernel, and what a launcher may ask of the device.
+#pragma once
+
+#include <cstddef>
+#include <tuple>
+
+#include "ptx.cuh"
+
+namespace nf4::cuda {
+
+// Launches `kernel` on `stream` and returns the CUDA status (0 is success). Asks for the kernel's
+// dynamic shared memory where it is above the default 48 KiB. Capturable: no synchronization.
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...),
+           dim3 grid,
+           dim3 block,
+           size_t shared_bytes,
+           cudaStream_t stream,
+           Arguments... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return 0;
+  std::tuple<Parameters...> converted(static_cast<Parameters>(arguments)...);
+#if defined(NF4_EMULATE)
+  static_cast<void>(stream);
+  return emulation::run(grid, block, shared_bytes, [&] { std::apply(kernel, converted); });
+#else
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                    static_cast<int>(shared_bytes));
+    if (status != cudaSuccess) return status;
+  }
+  void* pointers[sizeof...(Parameters)];
+  std::apply(
+      [&](auto&... value) {
+        int i = 0;
+        ((pointers[i++] = const_cast<void*>(static_cast<const void*>(&value))), ...);
+      },
+      converted);
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers,
+                          shared_bytes, stream);
+#endif
+}
+
+struct Device {
+  int multiprocessors;
+  int compute_capability;  // 10 * major + minor
+};
+
+// Of the current device, asked once per device.
+inline Device device() {
+#if defined(NF4_EMULATE)
+  return {emulation::multiprocessors(), emulation::compute_capability()};
+#else
+  constexpr int kMaxDevices = 64;
+  static Device known[kMaxDevices] = {};
+  int index = 0;
+  if (cudaGetDevice(&index) != cudaSuccess || index >= kMaxDevices) return {1, 0};
+  if (known[index].multiprocessors == 0) {
+    int count = 1, major = 0, minor = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index);
+    // Two threads may both come here; they write the same values, the count last.
+    known[index].compute_capability = 10 * major + minor;
+    known[index].multiprocessors = count;
+  }
+  return known[index];
+#endif
+}
+
+}  // namespace nf4::cuda

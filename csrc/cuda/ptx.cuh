@@ -1,0 +1,161 @@
+// Every instruction that CUDA C++ has no name for. Kernel files contain no inline assembly.
+//
+// Each wrapper has two sides: PTX for nvcc, and a call into tests/cuda_on_cpu for g++, where the
+// same kernel files run on a CPU. tests/test_cuda_golden.py pins the PTX sides on a GPU.
+#pragma once
+
+#if defined(NF4_EMULATE)
+#include "emulation.h"
+#define NF4_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#define NF4_SITE int = 0
+#endif
+
+#include <cstdint>
+
+#if !defined(NF4_EMULATE) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define NF4_BEFORE_SM80 1
+#endif
+
+namespace nf4::cuda {
+
+#if !defined(NF4_EMULATE)
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+#endif
+
+// cp.async: starts a copy of 16 bytes from global to shared memory, of which `valid` (0 to 16) are
+// read and the rest become zero. Both addresses are multiples of 16. The data is there after
+// cp_async_wait by the same thread, and for other threads after a barrier on top of that.
+// Before sm_80 the copy happens at once.
+__device__ __forceinline__ void cp_async16(void* shared, const void* global, int valid, NF4_SITE) {
+#if defined(NF4_EMULATE)
+  emulation::cp_async(shared, global, 16, valid, file, line);
+#elif defined(NF4_BEFORE_SM80)
+  uint4 data = make_uint4(0, 0, 0, 0);
+  if (valid == 16) {
+    data = *static_cast<const uint4*>(global);
+  } else {
+    for (int i = 0; i < valid; ++i) {
+      reinterpret_cast<unsigned char*>(&data)[i] = static_cast<const unsigned char*>(global)[i];
+    }
+  }
+  *static_cast<uint4*>(shared) = data;
+#else
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
+               "l"(global), "r"(valid)
+               : "memory");
+#endif
+}
+
+// cp.async.commit_group: ends the group of copies that cp_async_wait counts.
+__device__ __forceinline__ void cp_async_commit() {
+#if defined(NF4_EMULATE)
+  emulation::cp_async_commit();
+#elif !defined(NF4_BEFORE_SM80)
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
+#endif
+}
+
+// cp.async.wait_group: waits until at most kPending of this thread's groups are under way.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+#if defined(NF4_EMULATE)
+  emulation::cp_async_wait(kPending);
+#elif !defined(NF4_BEFORE_SM80)
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+#endif
+}
+
+// ldmatrix.x4: four 8x8 tiles of 16-bit elements; lane 8i + j passes row j of tile i (16 bytes).
+// Lane 4g + t gets, of each tile, row g, columns 2t and 2t + 1; transposed, rows 2t and 2t + 1 of
+// column g.
+template <bool kTranspose>
+__device__ __forceinline__ void load_matrix_x4(uint32_t (&out)[4], const void* row, NF4_SITE) {
+#if defined(NF4_EMULATE)
+  emulation::LoadMatrix payload{out, row, kTranspose};
+  emulation::warp_collective(emulation::load_matrix, &payload, file, line);
+#else
+  if constexpr (kTranspose) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  }
+#endif
+}
+
+// mma.m16n8k16, fp32 accumulators: c += a b. Lane 4g + t holds of a (16x16) rows g and g + 8,
+// of b (16x8) column g: a[0] = a(g; 2t, 2t+1), a[1] = a(g+8; 2t, 2t+1), a[2] = a(g; 2t+8, 2t+9),
+// a[3] = a(g+8; 2t+8, 2t+9); b[0] = b(2t, 2t+1; g), b[1] = b(2t+8, 2t+9; g);
+// c[0], c[1] = c(g; 2t, 2t+1), c[2], c[3] = c(g+8; 2t, 2t+1).
+template <typename T>
+__device__ __forceinline__ void mma_m16n8k16(float (&c)[4],
+                                             const uint32_t (&a)[4],
+                                             const uint32_t (&b)[2],
+                                             NF4_SITE);
+
+template <>
+__device__ __forceinline__ void mma_m16n8k16<__half>(float (&c)[4],
+                                                     const uint32_t (&a)[4],
+                                                     const uint32_t (&b)[2],
+#if defined(NF4_EMULATE)
+                                                     const char* file,
+                                                     int line) {
+  emulation::Mma payload{c, a, b};
+  emulation::warp_collective(emulation::mma_fp16, &payload, file, line);
+#else
+                                                     int) {
+#if defined(NF4_BEFORE_SM80)
+  // sm_75 has m16n8k8 only; its two fragments are the two halves of the k16 ones.
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[2]), "r"(a[3]), "r"(b[1]));
+#else
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+#endif
+}
+
+template <>
+__device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&c)[4],
+                                                            const uint32_t (&a)[4],
+                                                            const uint32_t (&b)[2],
+#if defined(NF4_EMULATE)
+                                                            const char* file,
+                                                            int line) {
+  emulation::Mma payload{c, a, b};
+  emulation::warp_collective(emulation::mma_bf16, &payload, file, line);
+#else
+                                                            int) {
+#if !defined(NF4_BEFORE_SM80)  // launchers send bfloat16 on sm_75 to the general kernels
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+#endif
+}
+
+}  // namespace nf4::cuda

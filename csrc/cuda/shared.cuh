@@ -1,0 +1,35 @@
+// The one way to take shared memory.
+#pragma once
+
+#include "ptx.cuh"
+
+namespace nf4::cuda {
+
+// Cuts arrays from the block's dynamic shared memory, in the same order in every thread. The
+// launcher passes the sum of the sizes; every array's size is a multiple of the next's alignment.
+class Carve {
+ public:
+#if defined(NF4_EMULATE)
+  // Red zones lie between the arrays, so offsets differ from the device's.
+  template <typename T>
+  T* take(int count, int alignment = 16, NF4_SITE) {
+    return static_cast<T*>(emulation::carve(count * sizeof(T), alignment, file, line));
+  }
+#else
+  __device__ __forceinline__ Carve() {
+    extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
+    next_ = dynamic_shared_memory;
+  }
+  template <typename T>
+  __device__ __forceinline__ T* take(int count, int = 16) {
+    T* array = reinterpret_cast<T*>(next_);
+    next_ += count * sizeof(T);
+    return array;
+  }
+
+ private:
+  unsigned char* next_;
+#endif
+};
+
+}  // namespace nf4::cuda

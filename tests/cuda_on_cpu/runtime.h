@@ -1,0 +1,80 @@
+// Shared by the emulation's own files; kernels see only emulation.h.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "emulation.h"
+
+namespace nf4::emulation {
+
+constexpr size_t kArenaBytes = 512 << 10;
+constexpr size_t kStackBytes = 256 << 10;
+
+// What a thread knows of the others: the clocks at its last synchronization. Shared between the
+// threads that synchronized together.
+using Knowledge = std::shared_ptr<const std::vector<uint32_t>>;
+
+struct PendingCopy {
+  unsigned char* to;
+  const unsigned char* from;
+  int bytes, valid;
+  const char* file;
+  int line;
+};
+
+struct Thread {
+  enum class State { kReady, kBlockBarrier, kWarp, kDone };
+  State state = State::kReady;
+  void* stack_pointer = nullptr;
+  unsigned char* stack = nullptr;
+  void* fake_stack = nullptr;
+  int id = 0;
+  uint3 index{};
+  const char* file = "";
+  int line = 0;
+  size_t carved = 0;
+  uint32_t clock = 1;
+  Knowledge known;
+  std::vector<std::vector<PendingCopy>> groups;  // committed cp.async groups, oldest first
+  std::vector<PendingCopy> open_group;
+};
+
+struct SharedArray {
+  size_t offset, bytes, alignment;
+};
+
+struct Block {
+  Indices indices;
+  std::vector<Thread> threads;
+  std::vector<SharedArray> arrays;
+  size_t arena_used = 0;
+  size_t requested = 0;
+  size_t shared_limit = 0;
+  long serial = 0;  // of the block over all launches
+  const std::function<void()>* kernel = nullptr;
+};
+
+extern Block* g_block;
+extern Thread* g_thread;
+extern unsigned char* g_arena;
+extern long g_launch;
+extern const unsigned char* g_launch_frame;
+
+// Records a defect; the test reads them all afterwards. Never throws: kernels are C++ frames.
+void report(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// The checker (checker.cpp); does nothing in the asan build.
+void checker_begin_launch();
+void checker_begin_block();
+void checker_allocate(size_t offset, size_t bytes);
+void checker_pending(const void* shared, int bytes, bool pending);
+void checker_access(const void* address, size_t bytes, bool write, const void* pc);
+Knowledge checker_join(Thread* const* threads, int count, int total);
+extern bool g_checking;
+
+// ASan's poisoning, empty functions elsewhere.
+void poison(void* address, size_t bytes);
+void unpoison(void* address, size_t bytes);
+
+}  // namespace nf4::emulation
