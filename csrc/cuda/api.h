@@ -7,10 +7,9 @@
 // element unless said otherwise; 16-byte alignment is faster and never required.
 #pragma once
 
+#include <cuda_runtime_api.h>
 #include <stddef.h>
 #include <stdint.h>
-
-#include <cuda_runtime_api.h>
 
 #if defined(__cplusplus)
 extern "C" {
@@ -42,82 +41,42 @@ typedef struct {
 } nf4_lora;
 
 // x [numel] -> packed, absmax [ceil(numel / block_size)].
-int nf4_cuda_quantize(const void* x,
-                      int dtype,
-                      int64_t numel,
-                      int block_size,
-                      int format,
-                      uint8_t* packed,
-                      float* absmax,
-                      cudaStream_t stream);
+int nf4_cuda_quantize(const void* x, int dtype, int64_t numel, int block_size, int format,
+                      uint8_t* packed, float* absmax, cudaStream_t stream);
 
 // absmax [count] -> codes [count], nested_absmax [ceil(count / 256)], offset [1].
 size_t nf4_cuda_double_quantize_workspace(int64_t count);
-int nf4_cuda_double_quantize(const float* absmax,
-                             int64_t count,
-                             uint8_t* codes,
-                             float* nested_absmax,
-                             float* offset,
-                             void* workspace,
+int nf4_cuda_double_quantize(const float* absmax, int64_t count, uint8_t* codes,
+                             float* nested_absmax, float* offset, void* workspace,
                              cudaStream_t stream);
 
 // The first `numel` elements of the weight -> out [numel]; weight.n and weight.k are not read.
-int nf4_cuda_dequantize(
-    const nf4_weight* weight, int64_t numel, void* out, int dtype, cudaStream_t stream);
+int nf4_cuda_dequantize(const nf4_weight* weight, int64_t numel, void* out, int dtype,
+                        cudaStream_t stream);
 
 // y [m, n] = x [m, k] W^T + bias [n] (null: none), in x's dtype.
 size_t nf4_cuda_linear_workspace(const nf4_weight* weight, int64_t m, int dtype);
-int nf4_cuda_linear(const void* x,
-                    const nf4_weight* weight,
-                    const void* bias,
-                    void* y,
-                    int64_t m,
-                    int dtype,
-                    void* workspace,
-                    cudaStream_t stream);
+int nf4_cuda_linear(const void* x, const nf4_weight* weight, const void* bias, void* y, int64_t m,
+                    int dtype, void* workspace, cudaStream_t stream);
 
 // dx [m, k] = grad_y [m, n] W.
 size_t nf4_cuda_linear_backward_workspace(const nf4_weight* weight, int64_t m, int dtype);
-int nf4_cuda_linear_backward(const void* grad_y,
-                             const nf4_weight* weight,
-                             void* dx,
-                             int64_t m,
-                             int dtype,
-                             void* workspace,
-                             cudaStream_t stream);
+int nf4_cuda_linear_backward(const void* grad_y, const nf4_weight* weight, void* dx, int64_t m,
+                             int dtype, void* workspace, cudaStream_t stream);
 
 // y = x W^T + bias + scaling * s b^T and s [m, r] = dropout(x) a^T in float.
-size_t nf4_cuda_linear_lora_workspace(const nf4_weight* weight,
-                                      const nf4_lora* lora,
-                                      int64_t m,
+size_t nf4_cuda_linear_lora_workspace(const nf4_weight* weight, const nf4_lora* lora, int64_t m,
                                       int dtype);
-int nf4_cuda_linear_lora(const void* x,
-                         const nf4_weight* weight,
-                         const void* bias,
-                         const nf4_lora* lora,
-                         void* y,
-                         float* s,
-                         int64_t m,
-                         int dtype,
-                         void* workspace,
-                         cudaStream_t stream);
+int nf4_cuda_linear_lora(const void* x, const nf4_weight* weight, const void* bias,
+                         const nf4_lora* lora, void* y, float* s, int64_t m, int dtype,
+                         void* workspace, cudaStream_t stream);
 
 // Gradients of linear_lora; dx, or da and db together, may be null when not wanted.
-size_t nf4_cuda_linear_lora_backward_workspace(const nf4_weight* weight,
-                                               const nf4_lora* lora,
-                                               int64_t m,
-                                               int dtype);
-int nf4_cuda_linear_lora_backward(const void* grad_y,
-                                  const void* x,
-                                  const float* s,
-                                  const nf4_weight* weight,
-                                  const nf4_lora* lora,
-                                  void* dx,
-                                  void* da,
-                                  void* db,
-                                  int64_t m,
-                                  int dtype,
-                                  void* workspace,
+size_t nf4_cuda_linear_lora_backward_workspace(const nf4_weight* weight, const nf4_lora* lora,
+                                               int64_t m, int dtype);
+int nf4_cuda_linear_lora_backward(const void* grad_y, const void* x, const float* s,
+                                  const nf4_weight* weight, const nf4_lora* lora, void* dx,
+                                  void* da, void* db, int64_t m, int dtype, void* workspace,
                                   cudaStream_t stream);
 
 #if defined(__cplusplus)

@@ -11,9 +11,9 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kBlocksPerSm = 2;
-constexpr int kGroups = 8;                       // groups of 8 elements that a thread has in flight
-constexpr int kWarpTile = 32 * 8 * kGroups;      // elements of one warp and iteration
-constexpr int kRowBytes = 256;                   // one table row per byte value
+constexpr int kGroups = 8;                   // groups of 8 elements that a thread has in flight
+constexpr int kWarpTile = 32 * 8 * kGroups;  // elements of one warp and iteration
+constexpr int kRowBytes = 256;               // one table row per byte value
 constexpr int kShared = 256 * kRowBytes;
 
 // Row b of the table: 16 copies of the two float codes of byte b (one per lane of a half warp, as
@@ -34,13 +34,8 @@ __device__ __forceinline__ void fill_table(unsigned char* table, int format) {
 // kLog2Block is 0 where the block size is known only at run time.
 template <typename T, bool kNested, int kLog2Block>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    dequantize_kernel(const uint8_t* __restrict__ packed,
-                      Scales scales,
-                      T* __restrict__ out,
-                      int64_t numel,
-                      int log2_block_argument,
-                      int format,
-                      bool aligned) {
+    dequantize_kernel(const uint8_t* __restrict__ packed, Scales scales, T* __restrict__ out,
+                      int64_t numel, int log2_block_argument, int format, bool aligned) {
   Carve carve;
   unsigned char* table = carve.take<unsigned char>(kShared, 256);
   fill_table(table, format);
@@ -70,12 +65,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       const float nested = scales.nested_absmax[block / NF4_NESTED_BLOCK_SIZE];
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
-        const uint32_t code = absmax_codes[kLog2Block != 0 && kLog2Block <= 8
-                                               ? block + (i << (8 - kLog2Block))
-                                               : (first + i * 256) >> log2_block];
-        scale[i] = *reinterpret_cast<const float*>(table + (code * kRowBytes + map_column)) *
-                       nested +
-                   offset;
+        const uint32_t code =
+            absmax_codes[kLog2Block != 0 && kLog2Block <= 8 ? block + (i << (8 - kLog2Block))
+                                                            : (first + i * 256) >> log2_block];
+        scale[i] =
+            *reinterpret_cast<const float*>(table + (code * kRowBytes + map_column)) * nested +
+            offset;
       }
     } else {
 #pragma unroll
@@ -109,13 +104,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    dequantize8_kernel(const uint8_t* __restrict__ packed,
-                       Scales scales,
-                       T* __restrict__ out,
-                       int64_t numel,
-                       int log2_block,
-                       int format,
-                       bool aligned) {
+    dequantize8_kernel(const uint8_t* __restrict__ packed, Scales scales, T* __restrict__ out,
+                       int64_t numel, int log2_block, int format, bool aligned) {
   Carve carve;
   float* table = carve.take<float>(256);
   for (int i = threadIdx.x; i < 256; i += kThreads) {
@@ -169,8 +159,8 @@ int dequantize(const nf4_weight& w, int64_t numel, T* out, cudaStream_t stream) 
 }  // namespace
 }  // namespace nf4::cuda
 
-extern "C" int nf4_cuda_dequantize(
-    const nf4_weight* weight, int64_t numel, void* out, int dtype, cudaStream_t stream) {
+extern "C" int nf4_cuda_dequantize(const nf4_weight* weight, int64_t numel, void* out, int dtype,
+                                   cudaStream_t stream) {
   using namespace nf4::cuda;
   if (!valid_layout(weight->block_size, weight->format)) return cudaErrorInvalidValue;
   return with_dtype(dtype, [&](auto element) {

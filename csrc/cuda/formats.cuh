@@ -44,8 +44,8 @@ struct Scales {
 inline Scales scales_of(const nf4_weight& w) { return {w.absmax, w.nested_absmax, w.offset}; }
 
 // Element `index` of a weight, times its scale; for tails and the general kernels.
-__device__ __forceinline__ float decode_element(
-    const uint8_t* packed, const Scales& scales, int64_t index, int log2_block, int format) {
+__device__ __forceinline__ float decode_element(const uint8_t* packed, const Scales& scales,
+                                                int64_t index, int log2_block, int format) {
   float code;
   if (is_4bit(format)) {
     const uint8_t byte = packed[index / 2];
@@ -54,6 +54,15 @@ __device__ __forceinline__ float decode_element(
     code = kCodes8[format - NF4_FORMAT_DYNAMIC8][packed[index]];
   }
   return code * scales(index >> log2_block);
+}
+
+// Magnitudes are compared as bits, where NaN is above infinity: it shows in absmax.
+__device__ __forceinline__ uint32_t magnitude(float v) { return __float_as_uint(v) & 0x7fffffffu; }
+
+__device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
+__device__ __forceinline__ float at_least_floor(float absmax) {
+  return absmax <= NF4_ABSMAX_FLOOR ? NF4_ABSMAX_FLOOR : absmax;  // NaN stays
 }
 
 // The code of a scaled value: the number of thresholds below it, in code order.

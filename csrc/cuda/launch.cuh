@@ -11,12 +11,8 @@ namespace nf4::cuda {
 // Launches `kernel` on `stream` and returns the CUDA status (0 is success). Asks for the kernel's
 // dynamic shared memory where it is above the default 48 KiB. Capturable: no synchronization.
 template <typename... Parameters, typename... Arguments>
-int launch(void (*kernel)(Parameters...),
-           dim3 grid,
-           dim3 block,
-           size_t shared_bytes,
-           cudaStream_t stream,
-           Arguments... arguments) {
+int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+           cudaStream_t stream, Arguments... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return 0;
   std::tuple<Parameters...> converted(static_cast<Parameters>(arguments)...);
 #if defined(NF4_EMULATE)

@@ -99,18 +99,14 @@ __device__ __forceinline__ void load_matrix_x4(uint32_t (&out)[4], const void* r
 // a[3] = a(g+8; 2t+8, 2t+9); b[0] = b(2t, 2t+1; g), b[1] = b(2t+8, 2t+9; g);
 // c[0], c[1] = c(g; 2t, 2t+1), c[2], c[3] = c(g+8; 2t, 2t+1).
 template <typename T>
-__device__ __forceinline__ void mma_m16n8k16(float (&c)[4],
-                                             const uint32_t (&a)[4],
-                                             const uint32_t (&b)[2],
-                                             NF4_SITE);
+__device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4],
+                                             const uint32_t (&b)[2], NF4_SITE);
 
 template <>
-__device__ __forceinline__ void mma_m16n8k16<__half>(float (&c)[4],
-                                                     const uint32_t (&a)[4],
+__device__ __forceinline__ void mma_m16n8k16<__half>(float (&c)[4], const uint32_t (&a)[4],
                                                      const uint32_t (&b)[2],
 #if defined(NF4_EMULATE)
-                                                     const char* file,
-                                                     int line) {
+                                                     const char* file, int line) {
   emulation::Mma payload{c, a, b};
   emulation::warp_collective(emulation::mma_fp16, &payload, file, line);
 #else
@@ -138,12 +134,10 @@ __device__ __forceinline__ void mma_m16n8k16<__half>(float (&c)[4],
 }
 
 template <>
-__device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&c)[4],
-                                                            const uint32_t (&a)[4],
+__device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4],
                                                             const uint32_t (&b)[2],
 #if defined(NF4_EMULATE)
-                                                            const char* file,
-                                                            int line) {
+                                                            const char* file, int line) {
   emulation::Mma payload{c, a, b};
   emulation::warp_collective(emulation::mma_bf16, &payload, file, line);
 #else

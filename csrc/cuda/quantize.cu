@@ -12,12 +12,11 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kPerThread = 8;
-constexpr float kFloor = NF4_ABSMAX_FLOOR;
 
 // Elements [first, first + 8) of x as float, zero past the end. A zero never raises an absmax.
 template <typename T>
-__device__ __forceinline__ void load_padded(
-    const T* x, int64_t first, int64_t numel, bool aligned, float (&v)[8]) {
+__device__ __forceinline__ void load_padded(const T* x, int64_t first, int64_t numel, bool aligned,
+                                            float (&v)[8]) {
   if (aligned && first + 8 <= numel) {
     load8(x + first, v);
     return;
@@ -26,22 +25,18 @@ __device__ __forceinline__ void load_padded(
   for (int i = 0; i < 8; ++i) v[i] = first + i < numel ? to_float(x[first + i]) : 0.0f;
 }
 
-__device__ __forceinline__ float largest(const float (&v)[8]) {
-  float m = fabsf(v[0]);
+__device__ __forceinline__ uint32_t largest(const float (&v)[8]) {
+  uint32_t m = magnitude(v[0]);
 #pragma unroll
-  for (int i = 1; i < 8; ++i) m = fmaxf(m, fabsf(v[i]));
+  for (int i = 1; i < 8; ++i) m = larger(m, magnitude(v[i]));
   return m;
 }
 
 // Encodes eight elements of one block and stores their bytes. `divide`: the short last block of a
 // 4-bit format, whose `scale` is the divisor.
 template <int kFormat>
-__device__ __forceinline__ void store_codes(const Encoder<kFormat>& encode,
-                                            const float (&v)[8],
-                                            float scale,
-                                            bool divide,
-                                            int64_t first,
-                                            int64_t numel,
+__device__ __forceinline__ void store_codes(const Encoder<kFormat>& encode, const float (&v)[8],
+                                            float scale, bool divide, int64_t first, int64_t numel,
                                             uint8_t* packed) {
   uint32_t codes[8];
   if (divide) {
@@ -78,11 +73,8 @@ __device__ __forceinline__ void store_codes(const Encoder<kFormat>& encode,
 // One block takes block_size / 8 lanes (at most a warp).
 template <typename T, int kFormat, int kLanes>
 __global__ void __launch_bounds__(kThreads)
-    quantize_kernel(const T* __restrict__ x,
-                    uint8_t* __restrict__ packed,
-                    float* __restrict__ absmax,
-                    int64_t numel,
-                    bool aligned) {
+    quantize_kernel(const T* __restrict__ x, uint8_t* __restrict__ packed,
+                    float* __restrict__ absmax, int64_t numel, bool aligned) {
   Carve carve;
   float* table = carve.take<float>(Encoder<kFormat>::kSharedWords);
   Encoder<kFormat>::fill(table, threadIdx.x, kThreads);
@@ -94,16 +86,17 @@ __global__ void __launch_bounds__(kThreads)
       static_cast<int64_t>(blockIdx.x) * (kThreads * kPerThread) + threadIdx.x * kPerThread;
   float v[8];
   load_padded(x, first, numel, aligned, v);
-  float m = largest(v);
+  uint32_t bits = largest(v);
 #pragma unroll
   for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
-    m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, lanes));
+    bits = larger(bits, __shfl_xor_sync(0xffffffffu, bits, lanes));
   }
   if (first >= numel) return;
 
   const int64_t block = first / kBlockSize;
   const bool divide = is_4bit(kFormat) && (block + 1) * kBlockSize > numel;
-  const float divisor = fmaxf(m, kFloor);
+  const float m = __uint_as_float(bits);
+  const float divisor = at_least_floor(m);
   if (threadIdx.x % kLanes == 0) absmax[block] = divide ? divisor : m;
   store_codes(encode, v, divide ? divisor : 1.0f / divisor, divide, first, numel, packed);
 }
@@ -111,12 +104,8 @@ __global__ void __launch_bounds__(kThreads)
 // Blocks of 512 to 4096 elements: one warp each, in two passes over the block.
 template <typename T, int kFormat>
 __global__ void __launch_bounds__(kThreads)
-    quantize_large_kernel(const T* __restrict__ x,
-                          uint8_t* __restrict__ packed,
-                          float* __restrict__ absmax,
-                          int64_t numel,
-                          int block_size,
-                          bool aligned) {
+    quantize_large_kernel(const T* __restrict__ x, uint8_t* __restrict__ packed,
+                          float* __restrict__ absmax, int64_t numel, int block_size, bool aligned) {
   Carve carve;
   float* table = carve.take<float>(Encoder<kFormat>::kSharedWords);
   Encoder<kFormat>::fill(table, threadIdx.x, kThreads);
@@ -126,19 +115,20 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t block = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   const int64_t start = block * block_size + threadIdx.x % 32 * kPerThread;
   float v[8];
-  float m = 0.0f;
+  uint32_t bits = 0;
   for (int i = 0; i < block_size; i += 32 * kPerThread) {
     load_padded(x, start + i, numel, aligned, v);
-    m = fmaxf(m, largest(v));
+    bits = larger(bits, largest(v));
   }
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) {
-    m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, lanes));
+    bits = larger(bits, __shfl_xor_sync(0xffffffffu, bits, lanes));
   }
   if (block * block_size >= numel) return;
 
   const bool divide = is_4bit(kFormat) && (block + 1) * block_size > numel;
-  const float divisor = fmaxf(m, kFloor);
+  const float m = __uint_as_float(bits);
+  const float divisor = at_least_floor(m);
   if (threadIdx.x % 32 == 0) absmax[block] = divide ? divisor : m;
   const float scale = divide ? divisor : 1.0f / divisor;
   for (int i = 0; i < block_size && start + i < numel; i += 32 * kPerThread) {
@@ -148,11 +138,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, int kFormat>
-int quantize(const T* x,
-             int64_t numel,
-             int block_size,
-             uint8_t* packed,
-             float* absmax,
+int quantize(const T* x, int64_t numel, int block_size, uint8_t* packed, float* absmax,
              cudaStream_t stream) {
   const bool aligned = aligned16(x);
   constexpr size_t kShared = Encoder<kFormat>::kSharedWords * sizeof(float);
@@ -182,14 +168,8 @@ int quantize(const T* x,
 }  // namespace
 }  // namespace nf4::cuda
 
-extern "C" int nf4_cuda_quantize(const void* x,
-                                 int dtype,
-                                 int64_t numel,
-                                 int block_size,
-                                 int format,
-                                 uint8_t* packed,
-                                 float* absmax,
-                                 cudaStream_t stream) {
+extern "C" int nf4_cuda_quantize(const void* x, int dtype, int64_t numel, int block_size,
+                                 int format, uint8_t* packed, float* absmax, cudaStream_t stream) {
   using namespace nf4::cuda;
   if (!valid_layout(block_size, format)) return cudaErrorInvalidValue;
   return with_dtype(dtype, [&](auto element) {

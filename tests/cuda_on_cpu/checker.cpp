@@ -58,8 +58,8 @@ void check_shared(size_t offset, size_t bytes, bool write, const void* pc) {
   for (size_t i = offset; i < offset + bytes; ++i) {
     SharedByte& b = g_shared[i];
     if (!b.allocated) {
-      return report("shared memory: out of bounds %s by thread %d at %s",
-                    write ? "write" : "read", g_thread->id, place(pc));
+      return report("shared memory: out of bounds %s by thread %d at %s", write ? "write" : "read",
+                    g_thread->id, place(pc));
     }
     if (b.pending) {
       return report("shared memory: thread %d %s bytes that a cp.async is still writing, at %s",
@@ -210,13 +210,13 @@ void nf4_emulation_register(const void* address, size_t bytes, int writable) {
 }
 void nf4_emulation_forget() { nf4::emulation::g_buffers.clear(); }
 
-#define NF4_HOOK(name, bytes, write)                                                         \
-  void name(void* address) {                                                                 \
-    ::nf4::emulation::checker_access(address, bytes, write, __builtin_return_address(0));    \
+#define NF4_HOOK(name, bytes, write)                                                      \
+  void name(void* address) {                                                              \
+    ::nf4::emulation::checker_access(address, bytes, write, __builtin_return_address(0)); \
   }
-#define NF4_HOOKS(bytes)                           \
-  NF4_HOOK(__tsan_read##bytes, bytes, false)       \
-  NF4_HOOK(__tsan_write##bytes, bytes, true)       \
+#define NF4_HOOKS(bytes)                              \
+  NF4_HOOK(__tsan_read##bytes, bytes, false)          \
+  NF4_HOOK(__tsan_write##bytes, bytes, true)          \
   NF4_HOOK(__tsan_volatile_read##bytes, bytes, false) \
   NF4_HOOK(__tsan_volatile_write##bytes, bytes, true)
 NF4_HOOKS(1)

@@ -60,9 +60,7 @@ class Library:
 
     def configure(self, seed: int, multiprocessors: int, compute_capability: int) -> None:
         """Seed of the thread schedule (0: round robin, odd: warp-greedy) and the fake device."""
-        self._c.nf4_emulation_configure(
-            ctypes.c_uint64(seed), multiprocessors, compute_capability
-        )
+        self._c.nf4_emulation_configure(ctypes.c_uint64(seed), multiprocessors, compute_capability)
 
     def size(self, name: str, *args: Any) -> int:
         """A workspace query."""
@@ -320,5 +318,3 @@ def pytest_configure() -> None:
     """As a pytest plugin: install the build that NF4_EMULATED names, "<mode>:<path>"."""
     mode, _, path = os.environ["NF4_EMULATED"].partition(":")
     install(Path(path), mode)
-
-

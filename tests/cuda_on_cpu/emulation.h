@@ -64,7 +64,7 @@ int multiprocessors();
 int compute_capability();
 
 struct Mma {
-  float* c;         // [4]
+  float* c;           // [4]
   const uint32_t* a;  // [4]
   const uint32_t* b;  // [2]
 };

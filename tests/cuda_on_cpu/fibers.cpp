@@ -189,10 +189,11 @@ bool run_block(Block& block, int mode) {
           if (a == nullptr) a = &t;
           b = &t;
         }
-        report("deadlock: %d of %d threads ended; thread %d waits for %s at %s:%d, thread %d for "
-               "%s at %s:%d",
-               done, count, a->id, name_of(a->state), a->file, a->line, b->id, name_of(b->state),
-               b->file, b->line);
+        report(
+            "deadlock: %d of %d threads ended; thread %d waits for %s at %s:%d, thread %d for "
+            "%s at %s:%d",
+            done, count, a->id, name_of(a->state), a->file, a->line, b->id, name_of(b->state),
+            b->file, b->line);
       }
       return false;
     }
