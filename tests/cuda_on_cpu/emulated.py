@@ -23,7 +23,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 class Weight(ctypes.Structure):
     """nf4_weight of csrc/cuda/api.h."""
 
-    _fields_ = [  # noqa: RUF012, as ctypes has it
+    _fields_ = [
         ("packed", c_void_p),
         ("absmax", c_void_p),
         ("nested_absmax", c_void_p),
@@ -38,7 +38,7 @@ class Weight(ctypes.Structure):
 class Lora(ctypes.Structure):
     """nf4_lora of csrc/cuda/api.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("a", c_void_p),
         ("b", c_void_p),
         ("seed", c_void_p),
