@@ -1,0 +1,95 @@
+// Dequantization of any flat range of a weight, for the op and for the matmuls' panels.
+#pragma once
+
+#include "formats.h"
+#include "simd.h"
+
+namespace nf4::cpu {
+namespace {
+
+// float32 scale of one block. Two roundings when nested: the file is built without contraction.
+inline float block_scale(const Weight& w, int64_t block) {
+  if (w.absmax) return w.absmax[block];
+  return kDynamic8Codes[w.codes[block]] * w.nested_absmax[block >> kNestedShift] + w.offset;
+}
+
+inline FloatTable decode_table(const Lookup16& codes, float scale, float*) {
+  return scaled(codes, scale);
+}
+template <class Word>
+inline WordTable decode_table(const Lookup16& codes, float scale, Word*) {
+  return rounded(scaled(codes, scale), Word{});
+}
+
+// Elements [first, first + count) of one block of a 4-bit format.
+template <class T>
+inline void decode_nibbles(const uint8_t* packed, int64_t first, int64_t count,
+                           const Lookup16& codes, float scale, T* out) {
+  const auto table = decode_table(codes, scale, out);
+  const uint8_t* bytes = packed + (first >> 1);
+  if ((first & 1) == 0 && count % kDecodeStep == 0) {
+    for (int64_t i = 0; i < count; i += kDecodeStep) decode(bytes + (i >> 1), table, out + i);
+    return;
+  }
+  T values[16];
+  store_table(table, values);
+  if (first & 1) {
+    *out++ = values[*bytes++ & 15];
+    --count;
+  }
+  for (; count >= kDecodeStep; count -= kDecodeStep, out += kDecodeStep) {
+    decode(bytes, table, out);
+    bytes += kDecodeStep / 2;
+  }
+  for (; count >= 2; count -= 2, ++bytes, out += 2) {
+    out[0] = values[*bytes >> 4];
+    out[1] = values[*bytes & 15];
+  }
+  if (count) *out = values[*bytes >> 4];
+}
+
+// Elements of one block of an 8-bit format.
+template <class T>
+inline void decode_bytes(const uint8_t* packed, int64_t count, const float* codes, float scale,
+                         T* out) {
+  const F by = broadcast(scale);
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) {
+    store(out + i, mul(gather(codes, load_bytes(packed + i)), by));
+  }
+  for (; i < count; ++i) from_float(codes[packed[i]] * scale, out + i);
+}
+
+// Decodes elements [first, first + count) of the flattened weight to float, Half or BFloat.
+template <class T>
+void decode_range(const Weight& w, int64_t first, int64_t count, T* out) {
+  const Format format = format_of(w.format);
+  const Lookup16 codes = lookup16(format.codes);
+  while (count > 0) {
+    const int64_t block = first >> w.block_shift;
+    const int64_t piece = min(count, ((block + 1) << w.block_shift) - first);
+    const float scale = block_scale(w, block);
+    if (format.four_bit) {
+      decode_nibbles(w.packed, first, piece, codes, scale, out);
+    } else {
+      decode_bytes(w.packed + first, piece, format.codes, scale, out);
+    }
+    first += piece;
+    count -= piece;
+    out += piece;
+  }
+}
+
+void dequantize(const Weight& weight, int64_t numel, DType dtype, void* out) {
+  constexpr int64_t kPerTask = int64_t{1} << 15;  // a multiple of every block size
+  with_type(dtype, [&](auto* type) {
+    auto* data = static_cast<decltype(type)>(out);
+    parallel_for(ceil_div(numel, kPerTask), [&](int64_t task) {
+      const int64_t first = task * kPerTask;
+      decode_range(weight, first, min(kPerTask, numel - first), data + first);
+    });
+  });
+}
+
+}  // namespace
+}  // namespace nf4::cpu

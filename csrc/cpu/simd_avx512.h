@@ -1,0 +1,180 @@
+// The vector operations that the kernels are written in, for AVX-512 F, BW, VL and DQ, and with
+// NF4_ISA_AVX512_BF16 for AVX512-BF16 too. See simd_portable.h for what each operation means.
+#pragma once
+
+#include <immintrin.h>
+
+#include "scalar.h"
+
+namespace nf4::cpu {
+namespace {
+
+constexpr int kWidth = 16;
+using F = __m512;
+using I = __m512i;
+
+inline F zero() { return _mm512_setzero_ps(); }
+inline F broadcast(float v) { return _mm512_set1_ps(v); }
+inline F load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+inline F add(F a, F b) { return _mm512_add_ps(a, b); }
+inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+inline F div(F a, F b) { return _mm512_div_ps(a, b); }
+inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+inline float sum(F v) { return _mm512_reduce_add_ps(v); }
+
+inline F load(const BFloat* p) {
+  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+}
+inline F load(const Half* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+inline __m256i round_words(F v, BFloat) {
+  // Integer rounding: vcvtneps2bf16 would flush subnormals to zero.
+  const __m512i u = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  const __m512i quiet = _mm512_or_si512(u, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
+}
+inline __m256i round_words(F v, Half) {
+  return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline void store(BFloat* p, F v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round_words(v, BFloat{}));
+}
+inline void store(Half* p, F v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round_words(v, Half{}));
+}
+
+inline I splat(int v) { return _mm512_set1_epi32(v); }
+inline I magnitude_bits(F v) {
+  return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff));
+}
+inline I max(I a, I b) { return _mm512_max_epi32(a, b); }
+inline int reduce_max(I v) { return _mm512_reduce_max_epi32(v); }
+
+inline I descend(I node, F value, F threshold) {
+  const __mmask16 above = _mm512_cmp_ps_mask(value, threshold, _CMP_NLE_UQ);
+  const I twice = _mm512_add_epi32(node, node);
+  return _mm512_mask_add_epi32(twice, above, twice, _mm512_set1_epi32(1));
+}
+inline void store_bytes(uint8_t* p, I v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
+}
+
+struct Lookup16 {
+  F values;
+};
+inline Lookup16 lookup16(const float* table) { return {_mm512_loadu_ps(table)}; }
+inline F find(const Lookup16& t, I index) { return _mm512_permutexvar_ps(index, t.values); }
+inline F gather(const float* table, I index) { return _mm512_i32gather_ps(index, table, 4); }
+inline I load_bytes(const uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+constexpr int kPackStep = 64;
+inline void pack_nibbles(const uint8_t* nodes, const uint8_t* order, uint8_t* out) {
+  const __m512i map =
+      _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(order)));
+  const __m512i codes = _mm512_shuffle_epi8(map, _mm512_loadu_si512(nodes));
+  const __m512i pairs = _mm512_maddubs_epi16(codes, _mm512_set1_epi16(0x0110));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi16_epi8(pairs));
+}
+
+// A block's 16 decoded values, as floats or rounded to 16 bits (twice over, so that an index's bit
+// 4 does not matter).
+struct FloatTable {
+  F values;
+};
+struct WordTable {
+  __m512i words;
+};
+inline FloatTable scaled(const Lookup16& codes, float scale) {
+  return {_mm512_mul_ps(codes.values, _mm512_set1_ps(scale))};
+}
+template <class Word>
+inline WordTable rounded(const FloatTable& t, Word type) {
+  return {_mm512_broadcast_i64x4(round_words(t.values, type))};
+}
+inline void store_table(const FloatTable& t, float* out) { store(out, t.values); }
+template <class Word>
+inline void store_table(const WordTable& t, Word* out) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_castsi512_si256(t.words));
+}
+
+constexpr int kDecodeStep = 32;
+inline void decode(const uint8_t* packed, const FloatTable& t, float* out) {
+  const __m512i bytes =
+      _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+  // Element j of 8 sits in the nibble at bit 4, 0, 12, 8, ... of its dword.
+  const __m512i shift = _mm512_broadcast_i64x4(_mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24));
+  const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi32(1), 1);
+  for (int i = 0; i < 2; ++i) {
+    const __m512i dword = _mm512_add_epi32(half, _mm512_set1_epi32(2 * i));
+    const __m512i nibbles = _mm512_srlv_epi32(_mm512_permutexvar_epi32(dword, bytes), shift);
+    _mm512_storeu_ps(out + 16 * i, _mm512_permutexvar_ps(nibbles, t.values));
+  }
+}
+template <class Word>
+inline void decode(const uint8_t* packed, const WordTable& t, Word* out) {
+  const __m512i bytes =
+      _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+  // Word j takes byte j / 2; what its upper byte holds ends above bit 4 of the index.
+  const __m512i spread =
+      _mm512_set_epi32(0x0f0f0f0f, 0x0e0e0e0e, 0x0d0d0d0d, 0x0c0c0c0c, 0x0b0b0b0b, 0x0a0a0a0a,
+                       0x09090909, 0x08080808, 0x07070707, 0x06060606, 0x05050505, 0x04040404,
+                       0x03030303, 0x02020202, 0x01010101, 0x00000000);
+  const __m512i words = _mm512_shuffle_epi8(bytes, spread);
+  const __m512i nibbles = _mm512_srlv_epi16(words, _mm512_set1_epi32(4));
+  _mm512_storeu_si512(out, _mm512_permutexvar_epi16(nibbles, t.words));
+}
+
+// dst[j * ld_dst + i] = src[i * ld_src + j] for i, j < 16.
+inline void transpose(const uint32_t* src, int64_t ld_src, uint32_t* dst, int64_t ld_dst) {
+  __m512i r[16], t[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(src + i * ld_src);
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 8; ++i) {
+    // t[i] holds columns i % 4 + {0, 8} (i < 4) or + {4, 12} of rows 0..7; t[i + 8] of rows 8..15.
+    const int column = i < 4 ? i : i;
+    _mm512_storeu_si512(dst + column * ld_dst, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+    _mm512_storeu_si512(dst + (column + 8) * ld_dst, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
+  }
+}
+
+#if NF4_ISA >= NF4_ISA_AVX512_BF16
+constexpr bool kBFloatDot = true;
+inline F dot_pairs(F c, I a, I b) {
+  return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);  // NOLINT: a vector reinterpretation
+}
+inline I load_words(const uint32_t* p) { return _mm512_loadu_si512(p); }
+#else
+constexpr bool kBFloatDot = false;
+#endif
+
+// The register tile of the matmuls: 24 accumulators, 4 weights and one activation of 32 registers.
+constexpr int kTileRows = 6;
+constexpr int kTileVectors = 4;
+
+}  // namespace
+}  // namespace nf4::cpu
