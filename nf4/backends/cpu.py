@@ -6,6 +6,7 @@ library loaded, ``nf4::<op>`` and ``nf4_cpu::<op>`` reach C++ without passing th
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import torch
@@ -13,14 +14,18 @@ import torch
 NAME = "cpu"
 
 
+def _library() -> Path | None:
+    directory = Path(__file__).resolve().parent.parent
+    return next(iter(sorted(directory.glob("_C.*.so"))), None)
+
+
 def _load() -> str | None:
     """Load the native library; the reason why not, or None."""
-    directory = Path(__file__).resolve().parent.parent
-    candidates = sorted(directory.glob("_C.*"))
-    if not candidates:
+    library = _library()
+    if library is None:
         return "nf4 was installed without its native CPU library (no C++ compiler at build time)"
     try:
-        torch.ops.load_library(str(candidates[0]))
+        torch.ops.load_library(str(library))
     except OSError as error:
         return f"the native CPU library does not load: {error}"
     return None
@@ -34,3 +39,17 @@ def unsupported(device: torch.device) -> str | None:
     if device.type != "cpu":
         return "needs a CPU tensor"
     return LOAD_ERROR
+
+
+def isa() -> str | None:
+    """The instruction set in use: ``portable``, ``avx2``, ``avx512`` or ``avx512_bf16``.
+
+    None without the native library. It is the best that this machine has, at most what the
+    environment variables ``NF4_CPU_ISA`` and ``ATEN_CPU_CAPABILITY`` allow.
+    """
+    library = _library()
+    if LOAD_ERROR is not None or library is None:
+        return None
+    name = ctypes.CDLL(str(library)).nf4_cpu_isa
+    name.restype = ctypes.c_char_p
+    return name().decode()

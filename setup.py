@@ -1,0 +1,166 @@
+"""Builds the native libraries of csrc/; everything else about the package is in pyproject.toml.
+
+``nf4/_C.abi3.so`` (the CPU kernels) needs a C++17 compiler. Without one the package installs and
+runs on the plain-PyTorch reference. ``NF4_SANITIZE=address,undefined`` builds with sanitizers.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+# The stable ABI of torch 2.10: one binary for it and every later version.
+TORCH_TARGET = "0x020a000000000000"
+
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+CPU_SOURCES: dict[str, list[str]] = {
+    "csrc/torch/bindings_cpu.cpp": [],
+    "csrc/cpu/dispatch.cpp": [],
+    "csrc/cpu/isa_portable.cpp": [],
+}
+if platform.machine() in ("x86_64", "AMD64"):
+    CPU_SOURCES |= {
+        "csrc/cpu/isa_avx2.cpp": AVX2,
+        "csrc/cpu/isa_avx512.cpp": AVX512,
+        "csrc/cpu/isa_avx512_bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi"],
+    }
+
+
+@dataclass
+class Library:
+    """One shared object: the compile command of each source, and the link command."""
+
+    name: str  # module name; the file is nf4/<stem>.abi3.so
+    compile: dict[str, list[str]]  # source -> command without -c, -o and dependency flags
+    link: list[str]  # command without objects and -o
+    depends: list[str] = field(default_factory=list)  # globs, for the sdist
+
+    def extension(self) -> Extension:
+        """What setuptools needs to know."""
+        return Extension(
+            self.name, sources=list(self.compile), depends=self.depends, py_limited_api=True
+        )
+
+
+def skip(what: str, why: str) -> None:
+    """Say in one line that a library is left out."""
+    print(f"nf4: {what} not built: {why}", file=sys.stderr)
+
+
+def torch_paths() -> tuple[list[str], Path] | None:
+    """Include directories and library directory of the installed torch, if there is one."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    base = Path(torch.__file__).resolve().parent
+    return [str(base / "include"), str(base / "include/torch/csrc/api/include")], base / "lib"
+
+
+def cpu_library() -> Library | None:
+    """The CPU kernels and their bindings; None where they cannot be built."""
+    what = "the native CPU kernels (nf4._C)"
+    if sys.platform != "linux":
+        return skip(what, f"they are for Linux, this is {sys.platform}; the reference is used")
+    compiler = os.environ.get("CXX") or next(
+        (c for c in ("g++", "clang++", "c++") if shutil.which(c)), None
+    )
+    if compiler is None or shutil.which(compiler.split()[0]) is None:
+        return skip(what, "no C++ compiler (install g++ or set CXX); the reference is used")
+    torch = torch_paths()
+    if torch is None:
+        return skip(what, "torch is not importable (pip install --no-build-isolation)")
+    includes, libraries = torch
+    flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    # Bit-exact (de)quantization: `code * scale + offset` is two roundings. gcc 12 also warns
+    # wrongly about its own AVX-512 headers.
+    flags += ["-ffp-contract=off", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-pthread", f"-I{ROOT / 'csrc/include'}"]
+    flags += [f"-isystem{path}" for path in includes]
+    link = [*compiler.split(), "-shared", "-pthread", f"-L{libraries}", "-ltorch_cpu"]
+    sanitizers = os.environ.get("NF4_SANITIZE")
+    if sanitizers:
+        extra = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g", "-O1"]
+        flags += extra
+        link += extra
+    return Library(
+        "nf4._C",
+        {src: [*compiler.split(), *flags, *isa] for src, isa in CPU_SOURCES.items()},
+        link,
+        ["csrc/cpu/*", "csrc/include/nf4/*"],
+    )
+
+
+def run(commands: list[list[str]]) -> None:
+    """Run independent commands on all cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for result in pool.map(lambda c: subprocess.run(c, cwd=ROOT), commands):
+            if result.returncode:
+                raise SystemExit(f"nf4: command failed: {' '.join(result.args)}")
+
+
+def run_ninja(ninja: str, steps: list[tuple[str, Path, list[str]]], directory: Path) -> None:
+    """Compile what has changed, headers included."""
+    lines = ["rule cc", "  command = $cmd -MMD -MF $out.d -c $in -o $out", "  depfile = $out.d"]
+    lines += ["  deps = gcc"]
+    for source, target, command in steps:
+        lines += [f"build {target}: cc {ROOT / source}", f"  cmd = {' '.join(command)}"]
+    (directory / "build.ninja").write_text("\n".join(lines) + "\n")
+    subprocess.run([ninja, "-C", str(directory)], check=True)
+
+
+class BuildNative(build_ext):
+    """Compiles each source with its own flags, which setuptools has no way to say."""
+
+    def build_extension(self, ext: Extension) -> None:
+        library = LIBRARIES[ext.name]
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        variant = "-sanitized" if os.environ.get("NF4_SANITIZE") else ""
+        directory = (ROOT / self.build_temp / (ext.name + variant)).resolve()
+        directory.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        steps = [
+            (source, directory / (Path(source).name + ".o"), command)
+            for source, command in library.compile.items()
+        ]
+        ninja = shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
+        if ninja:
+            run_ninja(ninja, steps, directory)
+        else:
+            run([[*c, "-c", str(ROOT / source), "-o", str(o)] for source, o, c in steps])
+        # Written beside the target and renamed: a running process may have the old file mapped.
+        fresh = target.with_name(target.name + ".new")
+        objects = [str(o) for _, o, _ in steps]
+        run([[library.link[0], *objects, *library.link[1:], "-o", str(fresh)]])
+        os.replace(fresh, target)
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".abi3.so"
+
+
+_kernels = ROOT / "nf4" / "kernels"
+if not (_kernels.is_symlink() or _kernels.is_dir()):
+    raise SystemExit(
+        "nf4: nf4/kernels must be a link to ../kernels (or, in an sdist, a directory); git writes "
+        "a text file instead where core.symlinks is false: set it to true and check out again"
+    )
+
+LIBRARIES = {lib.name: lib for lib in (cpu_library(),) if lib is not None}
+
+setup(
+    ext_modules=[library.extension() for library in LIBRARIES.values()],
+    cmdclass={"build_ext": BuildNative},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIBRARIES else {},
+)
