@@ -128,10 +128,10 @@ def _forward(module: nn.Module, x: Tensor) -> Callable[[], object]:
 
 def _torchao(layer: Layer, x: Tensor) -> Contender:
     """torchao's NF4Tensor: other scales and a rounded table, so its error is larger."""
-    from torchao.quantization.quantize_.workflows import nf4 as torchao_nf4
+    from torchao.quantization.quantize_.workflows.nf4 import nf4_tensor
 
-    weight = torchao_nf4.to_nf4(layer.source)
-    return Contender("torchao", [lambda: torchao_nf4.linear_nf4(x, weight)], capturable=False)
+    weight = nf4_tensor.to_nf4(layer.source)
+    return Contender("torchao", [lambda: nf4_tensor.linear_nf4(x, weight)], capturable=False)
 
 
 def _peft_layer(layer: Layer, dtype: torch.dtype, copy: int, inputs: LoraInputs) -> Any:

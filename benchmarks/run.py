@@ -4,6 +4,7 @@
   python benchmarks/run.py --quick                    one small case of each op, under a minute
   python benchmarks/run.py --csv out.csv              the whole sweep
   python benchmarks/run.py --op linear --shape 4096x4096 --m 1,2,4 --csv out.csv
+  python benchmarks/run.py --memory                   peak memory of the ops, on the CPU
   python benchmarks/run.py --check out.csv            the project's thresholds against a file
   python benchmarks/run.py --plot out.csv --readme README.md
 
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--dtype", action="append", choices=("bfloat16", "float16", "float32"))
     what.add_argument("--contender", action="append", help="time only this one; repeatable")
     what.add_argument("--no-peers", action="store_true", help="nf4, torch and the limits only")
+    what.add_argument("--memory", action="store_true", help="peak memory instead of times")
     how = parser.add_argument_group("how")
     how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     how.add_argument("--backend", action="append", help="nf4 backends to compare; repeatable")
@@ -111,6 +113,11 @@ def main(argv: list[str] | None = None) -> int:
         return _show(args)
     if args.isa:
         _hold_isa(args.isa)
+    if args.memory:
+        from benchmarks import memory
+
+        memory.run(args.csv)
+        return 0
     from benchmarks import sweep
 
     start = time.perf_counter()
