@@ -3,6 +3,7 @@
 from nf4.backends import available_backends, use_backend
 from nf4.config import NF4Config
 from nf4.functional import dequantize, linear, linear_lora, linear_lora_group, quantize
+from nf4.integrations.register import register as _register
 from nf4.lora import (
     LoraConfig,
     load_adapter,
@@ -20,6 +21,8 @@ from nf4.version import __version__
 # bitsandbytes' path for any class that is called Linear4bit.
 Linear4bit = NF4Linear
 Embedding4bit = NF4Embedding
+
+_register()
 
 __all__ = [
     "Embedding4bit",

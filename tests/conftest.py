@@ -52,3 +52,12 @@ def device(backend: str) -> torch.device:
     kinds = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
     module = _BY_NAME[backend]
     return next(torch.device(k) for k in kinds if module.unsupported(torch.device(k)) is None)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread: on tiny models more of them only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

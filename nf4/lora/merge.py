@@ -39,7 +39,7 @@ def merge_and_unload(
         raise ValueError(f"nf4.merge_and_unload: into must be '16bit' or 'nf4', got {into!r}")
     kind = NF4Linear if into == "16bit" else Linear4bitLoRA
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, kind)]
-    read = _reader(base, [name for name, _ in layers])
+    read = base_reader(base, [name for name, _ in layers])
     for name, layer in layers:
         weight = None if read is None else read(name)
         if weight is not None and layer.fan_in_fan_out:
@@ -72,31 +72,47 @@ def _to_16bit(layer: NF4Linear, base: Tensor | None, dtype: torch.dtype | None) 
     return layer.with_weight(weight.to(dtype or layer.weight_dtype))
 
 
-def _reader(base: Base | None, names: list[str]) -> Callable[[str], Tensor] | None:
-    """A function from a module's name to its 16-bit weight, one tensor in memory at a time."""
+def base_reader(base: Base | None, names: list[str]) -> Callable[[str], Tensor] | None:
+    """A function from a module's name to its 16-bit weight; None without a base.
+
+    One tensor is in memory at a time. ``names`` are the modules that will be asked for: KeyError,
+    naming the first, when ``base`` (see ``merge_and_unload``) lacks one. A key may lack leading
+    components of the module's name, or have more of them (a bare backbone's checkpoint).
+    """
     if base is None:
         return None
     if isinstance(base, Mapping):
-        _require(names, set(base))
-        return lambda name: base[f"{name}.weight"]
+        keys = _keys(names, base)
+        return lambda name: base[keys[name]]
     files = _weight_files(Path(base))
-    _require(names, set(files))
+    keys = _keys(names, files)
 
     def read(name: str) -> Tensor:
-        key = f"{name}.weight"
-        with safe_open(files[key], framework="pt") as file:
-            return file.get_tensor(key)
+        with safe_open(files[keys[name]], framework="pt") as file:
+            return file.get_tensor(keys[name])
 
     return read
 
 
-def _require(names: list[str], keys: set[str]) -> None:
-    missing = [f"{name}.weight" for name in names if f"{name}.weight" not in keys]
+def _keys(names: list[str], base: Mapping[str, object]) -> dict[str, str]:
+    """The key in ``base`` of each module's weight."""
+    found = {}
+    missing = []
+    for name in names:
+        key = f"{name}.weight"
+        if key not in base:
+            fits = [k for k in base if key.endswith(f".{k}") or k.endswith(f".{key}")]
+            if len(fits) != 1:
+                missing.append(key)
+                continue
+            key = fits[0]
+        found[name] = key
     if missing:
         raise KeyError(
             f"nf4.merge_and_unload: base must hold every merged weight, {len(missing)} missing, "
             f"first {missing[0]!r}"
         )
+    return found
 
 
 def _weight_files(path: Path) -> dict[str, Path]:

@@ -116,6 +116,11 @@ class NF4Linear(QuantizedWeight):
         )
         return module.train(linear.training)
 
+    @property
+    def W_q(self) -> nn.Parameter:
+        """The packed codes, under HQQ's name: PEFT calls ``dequantize()`` on modules with it."""
+        return self.weight
+
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The 16-bit layer that this one came from, with the dequantized weight."""
         return self.with_weight(self.dequantize(dtype))

@@ -1,0 +1,340 @@
+"""``LoraNF4``: PEFT's LoRA layer over an ``NF4Linear``, with nf4's fused forward."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from nf4 import functional
+from nf4.lora.merge import base_reader
+from nf4.nn.linear import NF4Linear
+from nf4.tensor import QuantizedTensor
+
+# Variants that read the base weight, if at all, through dequantize_module_weight. The others
+# write to it as a float tensor (KaSA), or make adapters of its dtype.
+_VARIANTS = {
+    (),
+    ("use_dora",),
+    ("alora_invocation_tokens",),
+    ("arrow_config",),
+    ("mica",),
+}
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """What ``LoraNF4.merge`` makes: "16bit" or "nf4", from which base, in which dtype."""
+
+    into: str = "16bit"
+    base: Any = None
+    dtype: torch.dtype | None = None
+
+
+class LoraNF4(PeftLinear):
+    """PEFT's ``lora.Linear`` whose base layer is an ``NF4Linear``.
+
+    With one active plain LoRA adapter the forward is one fused ``nf4.linear_lora`` call, dropout
+    included; ``unfused_reason()`` and the repr say when and why it is PEFT's own forward over the
+    fused base layer instead. The weights start as float32 whatever the base's dtype.
+
+    ``merge`` puts a 16-bit ``nn.Linear`` of ``W + sum of deltas``, summed in float32 and rounded
+    once, in the place of the base layer (nf4.integrations.peft chooses otherwise); ``unmerge`` puts
+    the ``NF4Linear`` back, whose bytes never changed. Initialisations that take from the base
+    weight (PiSSA, OLoRA, CorDA, orthogonal, LoRA-GA) see it dequantized, and what they leave of it
+    is quantized again.
+    """
+
+    merge_settings = MergeSettings()
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
+        self._target_name: str = kwargs.get("target_name") or ""
+        with warnings.catch_warnings():
+            # PEFT warns about any class that it does not know, and then takes our sizes.
+            warnings.filterwarnings("ignore", message="Unsupported layer type")
+            super().__init__(base_layer, adapter_name, **kwargs)
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """False: an ``NF4Linear`` is ``[out, in]`` also where the layer was a ``Conv1D``."""
+        return False
+
+    @fan_in_fan_out.setter
+    def fan_in_fan_out(self, value: bool) -> None:
+        pass
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], Any]:
+        return {k: v for k, v in super().lora_variants.items() if k in _VARIANTS}
+
+    @property
+    def _quantized(self) -> NF4Linear:
+        """The base layer of a layer that is not merged."""
+        return cast(NF4Linear, self.get_base_layer())
+
+    def _pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """``(A [r, in], B [out, r])`` of an adapter."""
+        a, b = cast(nn.Linear, self.lora_A[name]), cast(nn.Linear, self.lora_B[name])
+        return a.weight, b.weight
+
+    # forward
+
+    def _adapter(self) -> str | None:
+        """The one active adapter of this layer; None for none or several."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        return names[0] if len(names) == 1 else None
+
+    def unfused_reason(self) -> str | None:
+        """Why a forward now does not take the fused path; None when it does."""
+        if self.disable_adapters:
+            return "adapters are disabled"
+        if self.merged:
+            return "merged"
+        name = self._adapter()
+        if name is None:
+            return "not exactly one active adapter"
+        if name in self.lora_variant:
+            return type(self.lora_variant[name]).__name__
+        if self.lora_bias.get(name, False):
+            return "lora_bias"
+        if not (_is_plain(self.lora_A[name]) and _is_plain(self.lora_B[name])):
+            return "lora_A or lora_B is wrapped or hooked"
+        if type(self.base_layer) is not NF4Linear or _has_hooks(self.base_layer):
+            return "the base layer is wrapped or hooked"
+        if type(self.lora_dropout[name]) not in (nn.Dropout, nn.Identity):
+            return "a dropout that is not nn.Dropout"
+        lora_a, lora_b = self._pair(name)
+        if lora_a.dtype is not lora_b.dtype:
+            return "lora_A and lora_B differ in dtype"
+        return None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or any(value is not None for value in kwargs.values()) or self.unfused_reason():
+            return super().forward(x, *args, **kwargs)
+        name, base = self._adapter(), self._quantized
+        assert name is not None  # unfused_reason() has looked
+        lora_a, lora_b = self._pair(name)
+        dropout = self.lora_dropout[name]
+        compute_dtype = base.compute_dtype or x.dtype
+        y = functional.linear_lora(
+            x if x.dtype is compute_dtype else x.to(compute_dtype),
+            base.q,
+            lora_a,
+            lora_b,
+            self.scaling[name],
+            base.bias,
+            dropout.p if isinstance(dropout, nn.Dropout) else 0.0,
+            training=dropout.training,
+        )
+        return y if x.dtype is compute_dtype else y.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        reason = self.unfused_reason()
+        return "fused" if reason is None else f"not fused: {reason}"
+
+    # merge
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """``scaling * B A`` ``[out, in]`` in float32, whatever the adapter's dtype."""
+        a, b = self._pair(adapter)
+        return self.scaling[adapter] * (b.float() @ a.float())
+
+    @property
+    def _unmerged(self) -> NF4Linear | None:
+        """The base layer from before ``merge``. Kept out of the module tree: its bytes are no part
+        of a state dict or of a parameter count."""
+        return self.__dict__.get("_unmerged_layer")
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters (None: the active ones) into the layer, as the class says."""
+        if self.__dict__.get("_dense", False):  # PEFT's own steps over the float32 layer
+            return super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.lora_A]
+        if not names:
+            return None
+        names = [*self.merged_adapters, *names]
+        base = self._unmerged or self.base_layer
+        if not isinstance(base, NF4Linear):
+            raise TypeError(
+                f"nf4.merge: the base layer of {self._target_name or 'a layer'} must be an "
+                f"NF4Linear, got {type(base).__name__}"
+            )
+        dense = self._dense_layer(base)
+        self.base_layer, self.merged_adapters = dense, []
+        self.__dict__["_dense"] = True
+        try:
+            super().merge(safe_merge=safe_merge, adapter_names=names)
+            merged = self._from_dense(dense, base)
+        except BaseException:
+            self._restore(base)
+            raise
+        finally:
+            self.__dict__["_dense"] = False
+        self.base_layer, self.__dict__["_unmerged_layer"] = merged, base
+        return None
+
+    def unmerge(self) -> None:
+        """Put back the base layer from before ``merge``: every byte as it was."""
+        if self.__dict__.get("_dense", False):
+            return super().unmerge()
+        if self._unmerged is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return None
+        self._restore(self._unmerged)
+        return None
+
+    def _restore(self, base: NF4Linear) -> None:
+        device = cast(Tensor, self.base_layer.weight).device
+        if device != base.weight.device:
+            base.to(device)
+        self.base_layer, self.merged_adapters = base, []
+        self.__dict__.pop("_unmerged_layer", None)
+
+    def _dense_layer(self, base: NF4Linear) -> nn.Linear:
+        """A float32 ``nn.Linear`` of the weight that the adapters are added to."""
+        settings = self.merge_settings
+        weight = None if settings.base is None else settings.base(self._target_name)
+        if weight is None:
+            weight = base.dequantize(torch.float32)
+        else:
+            weight = weight.to(base.weight.device, torch.float32, copy=True)
+            weight = weight.T.contiguous() if base.fan_in_fan_out else weight
+        dense = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+        dense.weight = nn.Parameter(weight, requires_grad=False)
+        if base.bias is not None:
+            bias = base.bias.detach().to(torch.float32, copy=True)
+            dense.bias = nn.Parameter(bias, requires_grad=False)
+        return dense
+
+    def _from_dense(self, dense: nn.Linear, base: NF4Linear) -> nn.Module:
+        """What the merged layer becomes, by ``merge_settings``."""
+        settings = self.merge_settings
+        dtype = settings.dtype or base.weight_dtype
+        bias = None if dense.bias is None else dense.bias.detach()
+        if settings.into == "nf4":
+            q = _requantize(dense.weight, base.q)
+            if bias is not None and base.bias is not None:
+                bias = bias.to(base.bias.dtype)
+            return NF4Linear.from_quantized(
+                q, bias, compute_dtype=base.compute_dtype, fan_in_fan_out=base.fan_in_fan_out
+            ).train(base.training)
+        layer = base.with_weight(dense.weight.detach().to(dtype))
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.to(dtype))
+        return layer.requires_grad_(False)
+
+    # initialisation from the base weight
+
+    @contextmanager
+    def _dequantized_base(self) -> Iterator[None]:
+        """Give the base layer a float32 weight inside, and quantize what has become of it."""
+        base = self._quantized
+        q = base.q
+        before = functional.dequantize(q, torch.float32)
+        base.weight = nn.Parameter(before.clone(), requires_grad=False)
+        try:
+            yield
+            after = base.weight.detach()
+        finally:
+            base.set_quantized(q)
+        if not torch.equal(after, before):
+            base.set_quantized(_requantize(after, q))
+
+    def pissa_init(self, *args: Any) -> None:
+        with self._dequantized_base():
+            super().pissa_init(*args)
+
+    def olora_init(self, *args: Any) -> None:
+        with self._dequantized_base():
+            super().olora_init(*args)
+
+    def corda_init(self, *args: Any) -> None:
+        with self._dequantized_base():
+            super().corda_init(*args)
+
+    def orthogonal_init(self, *args: Any) -> None:
+        with self._dequantized_base():
+            super().orthogonal_init(*args)
+
+    def mica_init(self, *args: Any) -> None:
+        with self._dequantized_base():
+            super().mica_init(*args)
+
+    def lora_ga_init(self, *args: Any) -> None:
+        with self._dequantized_base():
+            super().lora_ga_init(*args)
+
+    def loftq_init(self, adapter_name: str, config: Any = None) -> None:
+        """LoftQ from the 16-bit weights in the local folder that the model was loaded from.
+
+        Raises ValueError where there is none, and names ``nf4.integrations.peft.init_loftq``.
+        """
+        folder = getattr(config, "base_model_name_or_path", None)
+        hint = "; call nf4.integrations.peft.init_loftq(model, base) after get_peft_model instead"
+        if not folder or not self._target_name:
+            raise ValueError(f"nf4.loftq_init: the 16-bit weights must be known{hint}")
+        try:
+            read = base_reader(folder, [self._target_name])
+        except (OSError, KeyError) as error:
+            raise ValueError(
+                f"nf4.loftq_init: {folder} must hold the 16-bit weight of {self._target_name} "
+                f"({error}){hint}"
+            ) from error
+        assert read is not None
+        iterations = (config.loftq_config or {}).get("loftq_iter", 1)
+        self.init_loftq(adapter_name, read(self._target_name), iterations)
+
+    @torch.no_grad()
+    def init_loftq(self, adapter_name: str, weight: Tensor, iterations: int = 1) -> None:
+        """LoftQ (arXiv:2310.08659, algorithm 1) from the 16-bit ``weight`` of this layer.
+
+        Alternates ``Q = quantize(W - scaling B A)`` and ``scaling B A = SVD_r(W - dequantize(Q))``.
+        """
+        base = self._quantized
+        weight = weight.to(base.weight.device, torch.float32)
+        weight = weight.T if base.fan_in_fan_out else weight
+        if weight.shape != base.weight_shape:
+            raise ValueError(
+                f"nf4.init_loftq: the weight of {self._target_name or 'this layer'} must have "
+                f"shape {list(base.weight_shape)}, got {list(weight.shape)}"
+            )
+        lora_a, lora_b = self._pair(adapter_name)
+        rank, scaling = self.r[adapter_name], self.scaling[adapter_name]
+        q, low_rank = base.q, torch.zeros_like(weight)
+        for _ in range(iterations):
+            q = _requantize(weight - low_rank, base.q)
+            u, s, v = torch.linalg.svd(
+                weight - functional.dequantize(q, torch.float32), full_matrices=False
+            )
+            root = (s[:rank] / scaling).sqrt()
+            b, a = u[:, :rank] * root, root[:, None] * v[:rank]
+            low_rank = scaling * (b @ a)
+        base.set_quantized(q)
+        # On the meta device the values come from a file later.
+        if not lora_a.is_meta:
+            lora_a.data, lora_b.data = a.to(lora_a), b.to(lora_b)
+
+
+def _requantize(weight: Tensor, like: QuantizedTensor) -> QuantizedTensor:
+    """``weight`` quantized in the layout of ``like``."""
+    q = functional.quantize(
+        weight, block_size=like.block_size, double_quant=like.nested, format=like.format
+    )
+    return replace(q, dtype=like.dtype)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than its class's forward (offloading, FSDP)."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and not _has_hooks(module)

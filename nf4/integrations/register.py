@@ -1,0 +1,22 @@
+"""What ``import nf4`` leaves behind: integrations that install once their package is imported."""
+
+from __future__ import annotations
+
+import importlib
+from functools import partial
+from types import ModuleType
+
+from nf4.integrations.hooks import on_import
+
+# Package, and the module whose install() runs after it.
+INTEGRATIONS = (("peft", "nf4.integrations.peft"),)
+
+
+def register() -> None:
+    """Await every package in ``INTEGRATIONS``; those imported already are hooked now."""
+    for package, integration in INTEGRATIONS:
+        on_import(package, partial(_install, integration))
+
+
+def _install(integration: str, package: ModuleType) -> None:
+    importlib.import_module(integration).install()
