@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 
 from nf4.formats import BLOCK_SIZES, WEIGHT_FORMATS
 
 
+class _Config:
+    """The base of ``NF4Config`` while transformers is not imported.
+
+    Once it is, ``nf4.integrations`` puts transformers' ``QuantizationConfigMixin`` in this place:
+    one class then serves both, whichever package was imported first.
+    """
+
+
 @dataclass
-class NF4Config:
+class NF4Config(_Config):
     """Quantization settings of a model; the defaults are QLoRA's (arXiv:2305.14314, section 3).
 
     ``compute_dtype`` None computes in the dtype of each layer's input. ``modules_to_not_convert``
-    lists module names (a whole name, or its last components) that stay 16-bit; None keeps the
-    output head. Raises ValueError for values that do not exist.
+    lists modules that stay 16-bit: a module's whole name, its last components or its first ones.
+    The output head and the token embeddings stay 16-bit too, unless ``lm_head`` and ``embeddings``
+    are set; a head that is tied to the embeddings shares their table, quantized or not. Raises
+    ValueError for values that do not exist.
+
+    Also the ``quantization_config`` of transformers' ``from_pretrained``.
     """
 
     block_size: int = 64
@@ -24,6 +37,10 @@ class NF4Config:
     compute_dtype: torch.dtype | None = None
     modules_to_not_convert: list[str] | None = None
     format: str = "nf4"
+    embeddings: bool = False
+    lm_head: bool = False
+
+    quant_method: ClassVar[str] = "nf4"
 
     def __post_init__(self) -> None:
         if self.block_size not in BLOCK_SIZES:
@@ -39,6 +56,34 @@ class NF4Config:
         if isinstance(self.compute_dtype, str):
             self.compute_dtype = getattr(torch, self.compute_dtype)
 
+    @classmethod
+    def from_dict(
+        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Read what ``to_dict`` made; transformers fixes the signature and calls it.
+
+        ``kwargs`` that are settings win; with ``return_unused_kwargs`` the others come back beside
+        the config. Raises ValueError for a setting that does not exist.
+        """
+        names = {f.name for f in fields(cls)}
+        values = {k: v for k, v in config_dict.items() if k != "quant_method"}
+        unknown = sorted(set(values) - names)
+        if unknown:
+            raise ValueError(
+                f"nf4.NF4Config: settings must be among {', '.join(sorted(names))}, "
+                f"got {', '.join(unknown)}"
+            )
+        config = cls(**values, **{k: v for k, v in kwargs.items() if k in names})
+        unused = {k: v for k, v in kwargs.items() if k not in names}
+        return (config, unused) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON values, under ``quant_method`` "nf4"."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.compute_dtype is not None:
+            values["compute_dtype"] = str(self.compute_dtype).removeprefix("torch.")
+        return {"quant_method": self.quant_method, **values}
+
     def layer_kwargs(self) -> dict[str, Any]:
         """The keyword arguments that a layer's ``from_linear`` takes."""
         return {
@@ -47,3 +92,10 @@ class NF4Config:
             "format": self.format,
             "compute_dtype": self.compute_dtype,
         }
+
+    def keeps(self, name: str) -> bool:
+        """Whether ``modules_to_not_convert`` keeps the module called ``name`` 16-bit."""
+        return any(
+            name == kept or name.endswith(f".{kept}") or name.startswith(f"{kept}.")
+            for kept in self.modules_to_not_convert or ()
+        )

@@ -9,7 +9,10 @@ from types import ModuleType
 from nf4.integrations.hooks import on_import
 
 # Package, and the module whose install() runs after it.
-INTEGRATIONS = (("peft", "nf4.integrations.peft"),)
+INTEGRATIONS = (
+    ("transformers.quantizers.auto", "nf4.integrations.transformers"),
+    ("peft", "nf4.integrations.peft"),
+)
 
 
 def register() -> None:

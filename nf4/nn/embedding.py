@@ -81,6 +81,15 @@ class NF4Embedding(QuantizedWeight):
     def forward(self, ids: Tensor) -> Tensor:
         return lookup(self.q, ids, self.compute_dtype or self.weight_dtype)
 
+    def to_embedding(self, dtype: torch.dtype | None = None) -> nn.Embedding:
+        """The ``nn.Embedding`` that this module came from, with the dequantized table."""
+        table = self.dequantize(dtype)
+        embedding = nn.Embedding(
+            table.shape[0], table.shape[1], padding_idx=self.padding_idx, device="meta"
+        )
+        embedding.weight = nn.Parameter(table)
+        return embedding.train(self.training)
+
     def extra_repr(self) -> str:
         return (
             f"{self.num_embeddings}, {self.embedding_dim}, format={self.format}, "
