@@ -17,6 +17,7 @@ from benchmarks.workload import Bench, Case, Contender, Layer, Workload
 
 OPS: dict[str, Callable[[Case, Layer, Bench], Workload]] = {
     "quantize": ops.quantize,
+    "quantize_flat": ops.quantize_flat,
     "dequantize": ops.dequantize,
     "linear": ops.linear,
     "linear_lora": ops.linear_lora,

@@ -24,6 +24,7 @@ from benchmarks.workload import (
     Probe,
     Workload,
 )
+from nf4.formats import NF4
 
 
 def _ours(
@@ -92,6 +93,22 @@ def quantize(case: Case, layer: Layer, bench: Bench) -> Workload:
         *peers.quantize(case, weights, bench),
     ]
     return Workload(case, contenders, probes, nbytes, 0, expected, exact=True)
+
+
+def quantize_flat(case: Case, layer: Layer, bench: Bench) -> Workload:
+    """The quantize kernel alone: no nested scales, no check for NaN, one launch."""
+    count = bench.copies(layer.source.nbytes)
+    weights = [layer.source, *(layer.source.clone() for _ in range(count - 1))]
+    nbytes = layer.source.nbytes + layer.q.packed.nbytes + 4 * layer.q.absmax.numel()
+
+    def make(i: int) -> Callable[[], object]:
+        return lambda: getattr(torch.ops, nf4.backends.namespace()).quantize(
+            weights[i], BLOCK_SIZE, NF4.id
+        )
+
+    contenders = [*_ours(bench, make, count), *peers.quantize(case, weights, bench, nested=False)]
+    expected = torch.ops.nf4_reference.quantize(layer.source, BLOCK_SIZE, NF4.id)
+    return Workload(case, contenders, (), nbytes, 0, expected, exact=True)
 
 
 def _quantized_tensors(q: nf4.QuantizedTensor) -> tuple[Tensor, ...]:

@@ -65,7 +65,9 @@ def _repacks(layer: Layer) -> bool:
     return cpu and fits and layer.bench.isa == "avx512_bf16" and bool(has_avx512bf16())
 
 
-def quantize(case: Case, weights: Sequence[Tensor], bench: Bench) -> list[Contender]:
+def quantize(
+    case: Case, weights: Sequence[Tensor], bench: Bench, nested: bool = True
+) -> list[Contender]:
     if "bitsandbytes" not in bench.peers:
         return []
     import bitsandbytes.functional as bnb
@@ -73,8 +75,10 @@ def quantize(case: Case, weights: Sequence[Tensor], bench: Bench) -> list[Conten
     def call(w: Tensor) -> Callable[[], object]:
         def run() -> tuple[Tensor, ...]:
             packed, state = bnb.quantize_4bit(
-                w, blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4"
+                w, blocksize=BLOCK_SIZE, compress_statistics=nested, quant_type="nf4"
             )
+            if not nested:
+                return packed, state.absmax
             return packed, state.absmax, state.state2.absmax, state.offset
 
         return run
@@ -169,9 +173,22 @@ def linear_lora(case: Case, layer: Layer, inputs: LoraInputs, bench: Bench) -> l
     return contenders
 
 
+def _peft_forward(module: Any, x: Tensor) -> Callable[[], Tensor]:
+    """On a GPU under autocast, as Trainer runs it: the float32 adapters then compute in 16 bits."""
+    if x.device.type == "cpu" or x.dtype is torch.float32:
+        return lambda: module(x)
+
+    def run() -> Tensor:
+        with torch.autocast(x.device.type, x.dtype):
+            return module(x)
+
+    return run
+
+
 def _peft_step(module: Any, inputs: LoraInputs) -> Callable[[], object]:
     a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-    return lambda: inputs.step(lambda: module(inputs.x), inputs.x, a, b)
+    forward = _peft_forward(module, inputs.x)
+    return lambda: inputs.step(forward, inputs.x, a, b)
 
 
 def _base_step(module: nn.Module, inputs: LoraInputs) -> Callable[[], object]:
@@ -185,4 +202,4 @@ def linear_lora_forward(
         return []
     x = inputs.x.detach()
     modules = [_peft_layer(layer, case.dtype, i, inputs) for i in range(len(layer.qs))]
-    return [Contender("peft_bitsandbytes", [_forward(m, x) for m in modules])]
+    return [Contender("peft_bitsandbytes", [_peft_forward(m, x) for m in modules])]

@@ -21,6 +21,7 @@ _BITSANDBYTES = (
 _TABLE_SHAPES = ("4096x4096", "14336x4096", "64x64", "100000000x1")
 _NAMES = {
     "quantize": "quantize",
+    "quantize_flat": "quantize, kernel alone",
     "dequantize": "dequantize, `out=`",
     "linear": "linear",
     "linear_lora": "linear_lora forward + backward",

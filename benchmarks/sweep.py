@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-from collections.abc import Iterator, Sequence
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from benchmarks.measure import OPS, Outcome, run_case
 from benchmarks.peaks import CpuPeaks, CudaPeaks
 from benchmarks.results import Row
 from benchmarks.workload import LORA_RANK, Bench, Case, Layer
+from nf4.backends import cpu
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 TOKENS = {"bfloat16": (1, 2, 4, 8, 16, 64, 512), "float32": (64, 512)}
@@ -39,52 +40,42 @@ def _last_level_cache() -> int:
     return max(sizes)
 
 
-def cpu_isa() -> str:
-    """The instruction-set level in force: the machine's, capped by NF4_CPU_ISA."""
-    held = os.environ.get("NF4_CPU_ISA")
-    if held:
-        return held
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return "portable"
-    capabilities = torch.cpu.get_capabilities()
-    for level, flag in (
-        ("avx512_bf16", "avx512_bf16"),
-        ("avx512", "avx512_f"),
-        ("avx2", "avx2"),
-    ):
-        if capabilities.get(flag):
-            return level
-    return "portable"
+def _cpu_isa() -> str:
+    """The instruction-set level that nf4's native kernels run at."""
+    isa = getattr(cpu, "isa", lambda: None)()
+    return isa or "reference"
+
+
+def cuda_bench(backends: Sequence[str], names: Sequence[str]) -> Bench:
+    """The current GPU, with every nf4 backend that runs on it if none is named."""
+    device = torch.device("cuda")
+    usable = [n for n in ("cuda", "triton") if nf4.available_backends()[n]]
+    major, minor = torch.cuda.get_device_capability()
+    threads = torch.get_num_threads()
+    chosen = backends or usable or ["default"]
+    peaks = CudaPeaks(device)
+    return Bench(device, threads, f"sm_{major}{minor}", peaks, chosen, names, _CUDA_ROTATION)
 
 
 def _bench(args: argparse.Namespace) -> Bench:
-    kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(kind)
-    torch.set_num_threads(args.threads)
-    backends = args.backend
-    if kind == "cuda":
-        usable = [n for n in ("cuda", "triton") if nf4.available_backends()[n]]
-        backends = backends or usable or ["default"]
-        peaks: CpuPeaks | CudaPeaks = CudaPeaks(device)
-        isa, rotation = (
-            f"sm_{''.join(map(str, torch.cuda.get_device_capability()))}",
-            _CUDA_ROTATION,
-        )
-    else:
-        isa = cpu_isa()
-        peaks = CpuPeaks(args.threads, 64 if isa.startswith("avx512") else 32)
-        rotation = 4 * _last_level_cache() or _DEFAULT_ROTATION
-    if args.quick:
-        rotation //= 2
-    names = () if args.no_peers else peers.installed()
+    names = [] if args.no_peers else peers.installed()
     if args.quick:
         # torchao's import and its eager dequantization take longer than all the rest.
         names = [n for n in names if n != "torchao"]
-    return Bench(device, args.threads, isa, peaks, backends or ["default"], names, rotation)
+    torch.set_num_threads(args.threads)
+    if (args.device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda":
+        return cuda_bench(args.backend or (), names)
+    isa = _cpu_isa()
+    limits = CpuPeaks(args.threads, 64 if isa.startswith("avx512") else 32)
+    rotation = 4 * _last_level_cache() or _DEFAULT_ROTATION
+    if args.quick:
+        rotation //= 2
+    device = torch.device("cpu")
+    return Bench(device, args.threads, isa, limits, args.backend or ["default"], names, rotation)
 
 
 def _cases(args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
-    chosen = args.op or list(OPS)
+    chosen = args.op or [op for op in OPS if op != "quantize_flat"]
     unknown = set(chosen) - set(OPS)
     if unknown:
         raise SystemExit(f"benchmarks: --op must be one of {', '.join(OPS)}, got {unknown.pop()}")
@@ -93,7 +84,7 @@ def _cases(args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
     dtypes = args.dtype or (["bfloat16"] if gpu else ["bfloat16", "float32"])
     for n, k in shapes:
         for op in chosen:
-            if op in ("quantize", "dequantize"):
+            if op in ("quantize", "quantize_flat", "dequantize"):
                 yield Case(op, n, k)
             elif op not in ("overhead", "adamw8bit"):
                 for dtype in dtypes:
@@ -135,25 +126,46 @@ def _print(case: Case, outcome: Outcome) -> None:
         print(f"  {name:<24}not timed: {reason}", flush=True)
 
 
-def run(args: argparse.Namespace) -> list[str]:
-    """Run the sweep that ``args`` describe; returns what was wrong."""
-    bench = _bench(args)
+def run_cases(
+    bench: Bench,
+    cases: Iterable[Case],
+    csv: Path | None,
+    rounds: int,
+    budget: float,
+    only: Sequence[str] = (),
+    seconds: float = math.inf,
+) -> tuple[list[str], list[Case]]:
+    """Run, print and record ``cases``, starting none after ``seconds``.
+
+    Returns what was wrong, and the cases that were left out.
+    """
     env = results.environment(bench.device, bench.isa, bench.threads)
     print(f"{env.hardware}; {env.isa}; {env.threads} threads; nf4 {env.nf4} at {env.commit}")
     print(f"limits: {', '.join(str(rate) for rate in bench.peaks.rates())}")
     print(f"peers: {', '.join(bench.peers) or 'none'}; torch {env.torch}", flush=True)
-    rounds = args.rounds or (2 if args.quick else 5)
-    budget = 0.03 if args.quick else 0.08
     layer = None
-    red = []
-    for case in _cases(args, bench.device):
+    red, left_out = [], []
+    end = time.monotonic() + seconds
+    for case in cases:
+        if time.monotonic() > end:
+            left_out.append(case)
+            continue
         if layer is None or (layer.n, layer.k) != (case.n, case.k):
             # A call so small that only its overhead counts finds its data in the cache anyway.
             rotate_bytes = 0 if case.op == "overhead" else bench.rotate_bytes
             layer = Layer(replace(bench, rotate_bytes=rotate_bytes), case.n, case.k)
-        outcome = run_case(case, layer, layer.bench, rounds, budget, args.contender or ())
+        outcome = run_case(case, layer, layer.bench, rounds, budget, only)
         _print(case, outcome)
         red += [f"{case} by {name}: {reason}" for name, reason in outcome.red.items()]
-        if args.csv:
-            results.append(args.csv, [Row(env, m) for m in outcome.measurements])
-    return red
+        if csv:
+            results.append(csv, [Row(env, m) for m in outcome.measurements])
+    return red, left_out
+
+
+def run(args: argparse.Namespace) -> list[str]:
+    """Run the sweep that ``args`` describe; returns what was wrong."""
+    bench = _bench(args)
+    rounds = args.rounds or (2 if args.quick else 5)
+    budget = 0.03 if args.quick else 0.08
+    cases = _cases(args, bench.device)
+    return run_cases(bench, cases, args.csv, rounds, budget, args.contender or ())[0]

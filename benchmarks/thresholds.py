@@ -7,52 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
+from benchmarks import thresholds_gpu
+from benchmarks.findings import Cases, Finding, ratio
 from benchmarks.report import by_case
-from benchmarks.results import Measurement, Row
+from benchmarks.results import Row
 
 SHAPES = ("4096x4096", "14336x4096", "4096x14336")
 _LEVELS = ("avx512_bf16", "avx512", "avx2", "portable")
-Cases = dict[tuple[str, str, int, str], dict[str, Measurement]]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One threshold: ``value`` (None: not measured) against ``least``; ``reach`` is the aim."""
-
-    what: str
-    value: float | None
-    least: float
-    reach: float
-    unit: str = "x"
-    at_most: bool = False
-    noisy: bool = False
-
-    @property
-    def verdict(self) -> str:
-        if self.value is None:
-            return "not measured"
-        good = self.value <= self.least if self.at_most else self.value >= self.least
-        best = self.value <= self.reach if self.at_most else self.value >= self.reach
-        return "reached" if good and best else "pass" if good else "FAIL"
-
-    def line(self) -> str:
-        sign = "<=" if self.at_most else ">="
-        value = "" if self.value is None else f"{self.value:.2f}{self.unit}"
-        noisy = " (noisy)" if self.noisy else ""
-        least, reach = f"{sign} {self.least:g}{self.unit}", f"{sign} {self.reach:g}{self.unit}"
-        return f"| {self.what} | {value}{noisy} | {least} | {reach} | {self.verdict} |"
-
-
-def _ratio(
-    cases: Cases, what: str, case: tuple[str, str, int, str], peer: str, least: float, reach: float
-) -> Finding:
-    contenders = cases.get(case, {})
-    ours, other = contenders.get("nf4"), contenders.get(peer)
-    if ours is None or other is None:
-        return Finding(what, None, least, reach)
-    return Finding(what, other.ms_p50 / ours.ms_p50, least, reach, noisy=ours.noisy or other.noisy)
 
 
 def _share(
@@ -67,7 +29,7 @@ def _share(
 def _at_full_level(cases: Cases) -> Iterator[Finding]:
     for shape in SHAPES:
         case = ("quantize", shape, 0, "bfloat16")
-        yield _ratio(cases, f"quantize {shape} / bitsandbytes", case, "bitsandbytes", 50, 100)
+        yield ratio(cases, f"quantize {shape} / bitsandbytes", case, "bitsandbytes", 50, 100)
         case = ("dequantize", shape, 0, "bfloat16")
         yield _share(cases, f"dequantize {shape}, share of the mixed stream", case, 0.85, 0.95)
         case = ("linear", shape, 1, "bfloat16")
@@ -76,35 +38,35 @@ def _at_full_level(cases: Cases) -> Iterator[Finding]:
             case = ("linear", shape, m, "bfloat16")
             what = f"linear {shape} M={m} bf16 / bitsandbytes eval"
             least, reach = {64: (1.3, 1.3), 512: (1.5, 1.5)}.get(m, (1.1, 1.3))
-            yield _ratio(cases, what, case, "bitsandbytes_eval", least, reach)
+            yield ratio(cases, what, case, "bitsandbytes_eval", least, reach)
         for m, reach in ((64, 0.92), (512, 0.95)):
             case = ("linear", shape, m, "bfloat16")
             what = f"linear {shape} M={m} bf16"
-            yield _ratio(cases, f"{what} / torch dense", case, "torch_dense", 0.97, 1.0)
+            yield ratio(cases, f"{what} / torch dense", case, "torch_dense", 0.97, 1.0)
             yield _share(cases, f"{what}, share of the bf16-dot rate", case, 0.0, reach)
         for m, least in ((64, 0.75), (512, 0.85)):
             case = ("linear", shape, m, "float32")
             what = f"linear {shape} M={m} fp32"
             yield _share(cases, f"{what}, share of the FMA rate", case, least, 0.95)
-            yield _ratio(cases, f"{what} / torch dense", case, "torch_dense", 1.0, 1.0)
+            yield ratio(cases, f"{what} / torch dense", case, "torch_dense", 1.0, 1.0)
         for dtype, least in (("bfloat16", 1.3), ("float32", 1.6)):
             case = ("linear_lora", shape, 512, dtype)
             what = f"linear_lora {shape} {dtype} forward+backward"
-            yield _ratio(cases, f"{what} / PEFT", case, "peft_bitsandbytes", least, least)
-            yield _ratio(cases, f"{what} / torch without LoRA", case, "torch_dense", 0.0, 1.0)
+            yield ratio(cases, f"{what} / PEFT", case, "peft_bitsandbytes", least, least)
+            yield ratio(cases, f"{what} / torch without LoRA", case, "torch_dense", 0.0, 1.0)
     yield _geometric_mean(cases)
     for dtype in ("bfloat16", "float32"):
         yield _overhead(cases, dtype)
     case = ("adamw8bit", "100000000x1", 0, "float32")
-    yield _ratio(cases, "AdamW8bit step / torch fused AdamW", case, "torch_fused", 1.2, 1.5)
-    yield _ratio(cases, "AdamW8bit step / bitsandbytes", case, "bitsandbytes", 40, 40)
+    yield ratio(cases, "AdamW8bit step / torch fused AdamW", case, "torch_fused", 1.2, 1.5)
+    yield ratio(cases, "AdamW8bit step / bitsandbytes", case, "bitsandbytes", 40, 40)
 
 
 def _geometric_mean(cases: Cases) -> Finding:
     what = "linear M=1 bf16 / bitsandbytes eval, geometric mean"
     ratios = []
     for shape in SHAPES:
-        found = _ratio(cases, "", ("linear", shape, 1, "bfloat16"), "bitsandbytes_eval", 0, 0)
+        found = ratio(cases, "", ("linear", shape, 1, "bfloat16"), "bitsandbytes_eval", 0, 0)
         if found.value is None:
             return Finding(what, None, 1.2, 1.2)
         ratios.append(found.value)
@@ -132,7 +94,7 @@ def _at_avx2(avx2: Cases, full: Cases) -> Iterator[Finding]:
             for name in ("peft_bitsandbytes", "bitsandbytes_new_output", "bitsandbytes")
             if name in contenders or name == "bitsandbytes"
         )
-        yield _ratio(avx2, f"{what} / bitsandbytes", case, peer, 1.0, 1.0)
+        yield ratio(avx2, f"{what} / bitsandbytes", case, peer, 1.0, 1.0)
         wide = full.get(case, {}).get("nf4")
         if dtype == "float32" and wide is not None:
             value = wide.ms_p50 / contenders["nf4"].ms_p50
@@ -144,8 +106,10 @@ def report(rows: Sequence[Row]) -> tuple[str, bool]:
     levels = {
         level: by_case(row for row in rows if row.environment.isa == level) for level in _LEVELS
     }
+    gpu = [row for row in rows if row.environment.driver]
     full = next((cases for cases in levels.values() if cases), {})
-    findings = list(_at_full_level(full))
+    findings = [] if gpu else list(_at_full_level(full))
+    findings += thresholds_gpu.findings(by_case(gpu))
     if full is not levels["avx2"]:
         findings += _at_avx2(levels["avx2"], full)
     lines = ["| what | measured | at least | reach for | |", "| --- | ---: | --- | --- | --- |"]

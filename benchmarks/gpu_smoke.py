@@ -1,0 +1,42 @@
+"""Each op once on each GPU backend at small ragged shapes: what a memory checker runs under."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+import nf4
+
+
+def _run(backend: str) -> None:
+    device = torch.device("cuda")
+    with nf4.use_backend(backend):
+        for n, k, m in ((96, 136, 1), (128, 256, 17), (200, 320, 130)):
+            w = torch.randn(n, k, device=device, dtype=torch.bfloat16)
+            q = nf4.quantize(w)
+            nf4.dequantize(q)
+            x = torch.randn(m, k, device=device, dtype=torch.bfloat16, requires_grad=True)
+            a = torch.randn(16, k, device=device, requires_grad=True)
+            b = torch.randn(n, 16, device=device, requires_grad=True)
+            nf4.linear(x, q).sum().backward()
+            nf4.linear_lora(x, q, a, b, 2.0, dropout_p=0.1).sum().backward()
+    torch.cuda.synchronize()
+    print(f"{backend}: every op ran")
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("benchmarks.gpu_smoke: needs a CUDA device, torch sees none", file=sys.stderr)
+        return 1
+    for name in ("cuda", "triton"):
+        status = nf4.available_backends()[name]
+        if status:
+            _run(name)
+        else:
+            print(f"{name}: {status.reason}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
