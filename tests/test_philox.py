@@ -71,6 +71,15 @@ def test_mask_follows_the_rule(p: float, seed: int | None) -> None:
         assert value == (kept_value if word >= round(p * 2**32) else 0)
 
 
+@pytest.mark.parametrize("first", [0, 4, 2**33, 2**34 - 4, 2**34, 2**40])
+def test_counters_beyond_32_bits(first: int) -> None:
+    """A stream may start anywhere; counters cross into their high word at element 2^34."""
+    words = philox_words.random_words(9, torch.tensor([99]), first)
+    for i, word in enumerate(words.tolist()):
+        block = (first + i) // 4
+        assert word == philox([block % 2**32, block >> 32, 0, 0], [99, 0])[(first + i) % 4]
+
+
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
 def test_statistics(p: float) -> None:
     """The share of dropped elements, and the independence of neighbours, rows and seeds.
