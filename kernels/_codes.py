@@ -1,0 +1,150 @@
+"""Tile functions between codes and values, and the PTX that decodes eight codes at a time.
+
+A 4-bit table reaches a kernel as constexpr tuples (``nf4.formats`` is the source of the numbers),
+an 8-bit table as a pointer to its 256 float32 values or 255 thresholds.
+"""
+
+import struct
+
+import triton
+import triton.language as tl
+
+
+def decode_asm(codes, dtype):
+    """PTX that turns 4 packed bytes into 8 values of ``dtype``, and its constraints.
+
+    ``codes`` are the 16 values, exact in ``dtype`` ("fp32", "fp16" or "bf16"). Each byte plane of
+    the table lies in four 32-bit words. PRMT looks up four codes in the eight entries below 8 and
+    in the eight above, a third PRMT picks by bit 3 of each code; further PRMTs zip the planes into
+    values. 16 PRMT and 5 logic instructions decode 8 codes to 16 bits, where a tree of selects
+    takes 15 a code. Inline PTX, because Triton has no byte permute; the plain form in ``decode``
+    is what the interpreter runs, and a test evaluates this text against it for all 256 bytes.
+    """
+    pack = {"fp32": "<f", "fp16": "<e", "bf16": "<f"}[dtype]
+    raw = [struct.pack(pack, c) for c in codes]
+    if dtype == "bf16":
+        raw = [r[2:] for r in raw]
+    width = len(raw[0])
+    words = []  # words[plane][4]: entries 0-3, 4-7, 8-11, 12-15
+    for plane in range(width):
+        entries = bytes(r[plane] for r in raw)
+        words.append([f"0x{w:08x}" for w in struct.unpack("<4I", entries)])
+    outputs = 2 * width
+    q = f"${outputs}"
+    lines = [
+        "{ .reg .b32 index, pick, below, above, plane<4>, zip<2>;",
+        f"and.b32 index, {q}, 0x77777777;",
+        f"shr.u32 pick, {q}, 1;",
+        "and.b32 pick, pick, 0x44444444;",
+        "or.b32 pick, pick, 0x32103210;",
+    ]
+    for pair in range(2):  # codes of bytes 0-1, then of bytes 2-3
+        if pair:
+            lines += ["shr.u32 index, index, 16;", "shr.u32 pick, pick, 16;"]
+        for plane, (a, b, c, d) in enumerate(words):
+            lines += [
+                f"prmt.b32 below, {a}, {b}, index;",
+                f"prmt.b32 above, {c}, {d}, index;",
+                f"prmt.b32 plane{plane}, below, above, pick;",
+            ]
+        # Byte i of a plane belongs to code i of (second, first, second, first).
+        if width == 2:
+            lines += [
+                f"prmt.b32 ${pair}, plane0, plane1, 0x7351;",
+                f"prmt.b32 ${2 + pair}, plane0, plane1, 0x6240;",
+            ]
+        else:
+            for half, selector in enumerate(("0x5140", "0x7362")):
+                lines += [
+                    f"prmt.b32 zip0, plane0, plane1, {selector};",
+                    f"prmt.b32 zip1, plane2, plane3, {selector};",
+                    f"prmt.b32 ${2 * pair + half}, zip0, zip1, 0x7632;",
+                    f"prmt.b32 ${4 + 2 * pair + half}, zip0, zip1, 0x5410;",
+                ]
+    return "\n".join([*lines, "}"]), ",".join(["=r"] * outputs + ["r"])
+
+
+@triton.jit
+def _select16(code, VALUES: tl.constexpr):
+    """VALUES[code], by a tree of selects."""
+    b0 = (code & 1) != 0
+    b1 = (code & 2) != 0
+    b2 = (code & 4) != 0
+    v0 = tl.where(b0, VALUES[1], VALUES[0])
+    v1 = tl.where(b0, VALUES[3], VALUES[2])
+    v2 = tl.where(b0, VALUES[5], VALUES[4])
+    v3 = tl.where(b0, VALUES[7], VALUES[6])
+    v4 = tl.where(b0, VALUES[9], VALUES[8])
+    v5 = tl.where(b0, VALUES[11], VALUES[10])
+    v6 = tl.where(b0, VALUES[13], VALUES[12])
+    v7 = tl.where(b0, VALUES[15], VALUES[14])
+    below = tl.where(b2, tl.where(b1, v3, v2), tl.where(b1, v1, v0))
+    above = tl.where(b2, tl.where(b1, v7, v6), tl.where(b1, v5, v4))
+    return tl.where((code & 8) != 0, above, below)
+
+
+@triton.jit
+def decode(
+    packed,
+    CODES: tl.constexpr,
+    ASM: tl.constexpr,
+    CONSTRAINTS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Values of the first and the second element of each byte, of DTYPE and the shape of packed.
+
+    ASM None takes the plain form, the same values from the same table.
+    """
+    if ASM is None:
+        wide = packed.to(tl.int32)
+        first = _select16(wide >> 4, CODES).to(DTYPE)
+        second = _select16(wide & 15, CODES).to(DTYPE)
+    else:
+        first, second = tl.inline_asm_elementwise(
+            ASM, CONSTRAINTS, [packed], dtype=(DTYPE.value, DTYPE.value), is_pure=True, pack=4
+        )
+    return first, second
+
+
+@triton.jit
+def interleave(first, second):
+    """[A, B] and [A, B] to [A, 2B], in element order."""
+    pairs = tl.join(first, second)  # [A, B, 2]
+    return tl.reshape(pairs, (first.shape[0], 2 * first.shape[1]))
+
+
+@triton.jit
+def encode4(v, THRESHOLDS: tl.constexpr, ORDER: tl.constexpr):
+    """Codes (int32) of scaled float32 values: the number of THRESHOLDS strictly below, mapped.
+
+    Four compares against selected thresholds. ORDER is None where the rank is the code, and else
+    two 32-bit words with the codes of ranks 0-7 and 8-15, a nibble each.
+    """
+    b3 = v > THRESHOLDS[7]
+    b2 = v > tl.where(b3, THRESHOLDS[11], THRESHOLDS[3])
+    t0 = tl.where(b2, THRESHOLDS[5], THRESHOLDS[1])
+    t1 = tl.where(b2, THRESHOLDS[13], THRESHOLDS[9])
+    b1 = v > tl.where(b3, t1, t0)
+    t0 = tl.where(b1, THRESHOLDS[2], THRESHOLDS[0])
+    t1 = tl.where(b1, THRESHOLDS[6], THRESHOLDS[4])
+    t2 = tl.where(b1, THRESHOLDS[10], THRESHOLDS[8])
+    t3 = tl.where(b1, THRESHOLDS[14], THRESHOLDS[12])
+    b0 = v > tl.where(b3, tl.where(b2, t3, t2), tl.where(b2, t1, t0))
+    rank = tl.where(b3, 8, 0) | tl.where(b2, 4, 0) | tl.where(b1, 2, 0) | tl.where(b0, 1, 0)
+    if ORDER is not None:
+        rank = (tl.where(b3, ORDER[1], ORDER[0]) >> ((rank & 7) * 4)) & 15
+    return rank
+
+
+@triton.jit
+def encode8(v, threshold_ptr):
+    """Codes (int32) of scaled float32 values in an 8-bit table of ascending values.
+
+    A binary search over the 255 thresholds, which stay in the first-level cache.
+    """
+    rank = tl.zeros_like(v).to(tl.int32)
+    for level in tl.static_range(8):
+        step = 128 >> level
+        threshold = tl.load(threshold_ptr + rank + (step - 1))
+        rank += tl.where(v > threshold, step, 0)
+    return rank

@@ -1,0 +1,220 @@
+"""How Triton kernels are reached: lazy import, constant tables, the launch, interpreter repairs."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nf4 import formats
+
+# Numbers of the interpreter's pretended device: they only choose tiles and splits.
+_INTERPRETED = (90, 4)
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unsupported(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on ``device``, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device.type == "cpu":
+        return None if interpreted() else "runs on CPU tensors only under TRITON_INTERPRET=1"
+    if device.type != "cuda":
+        return "needs a CUDA tensor"
+    if not torch.cuda.is_available():
+        return "no CUDA device is available"
+    if interpreted():
+        return "TRITON_INTERPRET=1 is set, which runs kernels on CPU tensors only"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (7, 5):
+        return f"needs compute capability 7.5, this device has {major}.{minor}"
+    return None
+
+
+@dataclass(frozen=True)
+class Target:
+    """The device that a launch is planned for."""
+
+    capability: int  # 90 for compute capability 9.0
+    sm_count: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch, before any compilation."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    exact: bool
+
+
+# Set by ``recording``: what launches are planned for, and where they go instead of a device.
+_recorded: tuple[Target, list[Launch]] | None = None
+
+
+@contextlib.contextmanager
+def recording(target: Target) -> Iterator[list[Launch]]:
+    """Collect launches instead of running them; the ops then take tensors of any device.
+
+    The ahead-of-time checks use it to compile exactly what the launchers would run on ``target``.
+    """
+    global _recorded
+    previous, launches = _recorded, []
+    _recorded = (target, launches)
+    try:
+        yield launches
+    finally:
+        _recorded = previous
+
+
+@cache
+def _device_target(device: torch.device) -> Target:
+    properties = torch.cuda.get_device_properties(device)
+    return Target(10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+def target_of(device: torch.device) -> Target:
+    """What launches on ``device`` are planned for."""
+    if _recorded is not None:
+        return _recorded[0]
+    return Target(*_INTERPRETED) if device.type == "cpu" else _device_target(device)
+
+
+@cache
+def kernel(stem: str, name: str) -> Any:
+    """The kernel ``name`` of ``kernels/<stem>.py``, imported on first use."""
+    if interpreted():
+        repair_interpreter()
+    return getattr(import_module(f"nf4.kernels.{stem}"), name)
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: dict[str, Any],
+    device: torch.device,
+    *,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    exact: bool = False,
+) -> None:
+    """Launch on the current stream of ``device``. ``exact`` forbids fused multiply-adds."""
+    if _recorded is not None:
+        _recorded[1].append(Launch(kernel, grid, args, num_warps, num_stages, exact))
+        return
+    guard: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if device.type == "cuda":
+        guard = torch.cuda.device(device)
+    with guard:
+        kernel[grid](
+            **args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=not exact
+        )
+
+
+@lru_cache
+def codes(format: int, dtype: torch.dtype = torch.float32) -> tuple[float, ...] | None:
+    """The values of a 4-bit format, rounded to ``dtype``; None for an 8-bit format."""
+    fmt = formats.BY_ID[format]
+    if fmt.bits != 4:
+        return None
+    return tuple(torch.from_numpy(fmt.values.copy()).to(dtype).tolist())
+
+
+@lru_cache
+def thresholds(format: int) -> tuple[float, ...] | None:
+    """The 15 thresholds of a 4-bit format; None for an 8-bit format."""
+    fmt = formats.BY_ID[format]
+    return tuple(fmt.thresholds.tolist()) if fmt.bits == 4 else None
+
+
+@lru_cache
+def order(format: int) -> tuple[int, int] | None:
+    """Codes by rank in two 32-bit words, a nibble each; None where the rank is the code."""
+    fmt = formats.BY_ID[format]
+    if fmt.bits != 4 or fmt.order == tuple(range(16)):
+        return None
+    words = [sum(c << (4 * i) for i, c in enumerate(fmt.order[h : h + 8])) for h in (0, 8)]
+    # As int32, the type that the kernel shifts in.
+    signed = np.array(words, dtype=np.uint32).view(np.int32).tolist()
+    return signed[0], signed[1]
+
+
+@lru_cache
+def decoder(format: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The constexprs of ``kernels/_codes.decode``: byte-permute PTX on a GPU, else plain."""
+    values = codes(format, dtype)
+    if values is None or interpreted():
+        return {"CODES": values, "ASM": None, "CONSTRAINTS": None}
+    names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+    asm, constraints = import_module("nf4.kernels._codes").decode_asm(values, names[dtype])
+    return {"CODES": values, "ASM": asm, "CONSTRAINTS": constraints}
+
+
+@lru_cache
+def value_table(format: int, device: torch.device) -> Tensor:
+    """float32 [256]: the values of an 8-bit format on ``device``."""
+    return torch.from_numpy(formats.BY_ID[format].values.copy()).to(device)
+
+
+@lru_cache
+def threshold_table(format: int, device: torch.device) -> Tensor:
+    """float32 [255]: the thresholds of an 8-bit format on ``device``."""
+    return torch.from_numpy(formats.BY_ID[format].thresholds.copy()).to(device)
+
+
+def repair_interpreter() -> None:
+    """Give Triton's interpreter bfloat16 arithmetic as the device has it.
+
+    Up to Triton 3.9 its casts to bfloat16 truncate instead of rounding to nearest even, and
+    ``tl.dot`` multiplies the raw bits of bfloat16 operands. Both are replaced, once a process.
+    """
+    from triton.language import bfloat16, float32
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    if getattr(builder, "_nf4_repaired", False):
+        return
+    cast_impl, convert, dot = builder.cast_impl, builder.create_fp_to_fp, builder.create_dot
+    handle = interpreter.TensorHandle
+
+    def widened(t: Any) -> Any:
+        if t.dtype.scalar != bfloat16:
+            return t
+        return handle((t.data.astype(np.uint32) << 16).view(np.float32), float32)
+
+    def cast(self: Any, src: Any, dst_type: Any) -> Any:
+        if dst_type.scalar != bfloat16 or src.dtype.scalar == bfloat16:
+            return cast_impl(self, src, dst_type)
+        bits = np.asarray(src.data).astype(np.float32).view(np.uint32)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        nan = (bits & 0x7FFFFFFF) > 0x7F800000
+        return handle(np.where(nan, 0x7FC0, rounded).astype(np.uint16), dst_type.scalar)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, widened(a), widened(b), *rest)
+
+    def fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
+        if dst_type.scalar == bfloat16:
+            return cast(self, src, dst_type)
+        return convert(self, src, dst_type, rounding_mode)
+
+    builder.cast_impl = cast
+    builder.create_fp_to_fp = fp_to_fp
+    builder.create_dot = create_dot
+    builder._nf4_repaired = True
