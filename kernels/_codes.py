@@ -114,26 +114,20 @@ def interleave(first, second):
 
 
 @triton.jit
-def encode4(v, THRESHOLDS: tl.constexpr, ORDER: tl.constexpr):
-    """Codes (int32) of scaled float32 values: the number of THRESHOLDS strictly below, mapped.
+def encode4(v, bucket_ptr, BUCKETS: tl.constexpr):
+    """4-bit codes (int32) of float32 values in [-1, 1].
 
-    Four compares against selected thresholds. ORDER is None where the rank is the code, and else
-    two 32-bit words with the codes of ranks 0-7 and 8-15, a nibble each.
+    round(v * BUCKETS) picks a bucket, which has at most one threshold: ``bucket_ptr`` [4 * BUCKETS]
+    int64 holds that threshold's bits above the code past it (bits 4-7) and the code up to it. One
+    load and one compare where a tree of selects took 46 instructions an element on sm_90, most
+    of them saving predicates. Any other value, NaN too, gets a code without leaving the table.
     """
-    b3 = v > THRESHOLDS[7]
-    b2 = v > tl.where(b3, THRESHOLDS[11], THRESHOLDS[3])
-    t0 = tl.where(b2, THRESHOLDS[5], THRESHOLDS[1])
-    t1 = tl.where(b2, THRESHOLDS[13], THRESHOLDS[9])
-    b1 = v > tl.where(b3, t1, t0)
-    t0 = tl.where(b1, THRESHOLDS[2], THRESHOLDS[0])
-    t1 = tl.where(b1, THRESHOLDS[6], THRESHOLDS[4])
-    t2 = tl.where(b1, THRESHOLDS[10], THRESHOLDS[8])
-    t3 = tl.where(b1, THRESHOLDS[14], THRESHOLDS[12])
-    b0 = v > tl.where(b3, tl.where(b2, t3, t2), tl.where(b2, t1, t0))
-    rank = tl.where(b3, 8, 0) | tl.where(b2, 4, 0) | tl.where(b1, 2, 0) | tl.where(b0, 1, 0)
-    if ORDER is not None:
-        rank = (tl.where(b3, ORDER[1], ORDER[0]) >> ((rank & 7) * 4)) & 15
-    return rank
+    # 1.5 * 2 ** 23: the sum has integer steps, and its low bits are round(v * BUCKETS) + BUCKETS.
+    shifted = (v * BUCKETS + (12582912.0 + BUCKETS)).to(tl.int32, bitcast=True)
+    entry = tl.load(bucket_ptr + (shifted & (4 * BUCKETS - 1)))
+    threshold = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    both = entry.to(tl.int32)
+    return tl.where(v > threshold, both >> 4, both) & 15
 
 
 @triton.jit

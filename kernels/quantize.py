@@ -34,33 +34,34 @@ def scale_blocks(x, DIVIDE: tl.constexpr):
 @triton.jit
 def quantize_kernel(
     x_ptr,  # [numel] any float
-    threshold_ptr,  # [255] float32 of an 8-bit format, else None
+    table_ptr,  # [4 * BUCKETS] int64 of a 4-bit format, [255] float32 thresholds of an 8-bit one
     packed_ptr,  # [packed bytes] uint8
     absmax_ptr,  # [ceil(numel / BLOCK_SIZE)] float32
     numel,
+    bytes_,  # of packed; a mask of its own, because one on 2 * byte would split the stores
     BLOCK_SIZE: tl.constexpr,
     BLOCKS: tl.constexpr,  # blocks of a program
-    THRESHOLDS: tl.constexpr,  # the 15 of a 4-bit format, else None
-    ORDER: tl.constexpr,
+    BUCKETS: tl.constexpr,  # of a 4-bit format, else None
+    SHORT: tl.constexpr,  # whether the last block is short and divides
 ):
     pid = tl.program_id(0).to(tl.int64)
     block = pid * BLOCKS + tl.arange(0, BLOCKS)  # [BLOCKS]
     element = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
     x = tl.load(x_ptr + element, mask=element < numel, other=0.0).to(tl.float32)
     scaled, absmax = scale_blocks(x, False)
-    if THRESHOLDS is not None and (pid + 1) * BLOCKS * BLOCK_SIZE > numel:
+    if SHORT and (pid + 1) * BLOCKS * BLOCK_SIZE > numel:
         divided, floored = scale_blocks(x, True)
         short = (block + 1) * BLOCK_SIZE > numel
         scaled = tl.where(short[:, None], divided, scaled)
         absmax = tl.where(short, floored, absmax)
     tl.store(absmax_ptr + block, absmax, mask=block * BLOCK_SIZE < numel)
-    if THRESHOLDS is None:
-        codes = encode8(scaled, threshold_ptr)
+    if BUCKETS is None:
+        codes = encode8(scaled, table_ptr)
         tl.store(packed_ptr + element, codes.to(tl.uint8), mask=element < numel)
     else:
         # A masked element is zero, so that the pad of an odd count is the code of zero.
-        codes = encode4(scaled, THRESHOLDS, ORDER)
+        codes = encode4(scaled, table_ptr, BUCKETS)
         first, second = tl.split(tl.reshape(codes, (BLOCKS, BLOCK_SIZE // 2, 2)))
         half: tl.constexpr = BLOCK_SIZE // 2
         byte = block[:, None] * half + tl.arange(0, half)[None, :]
-        tl.store(packed_ptr + byte, ((first << 4) | second).to(tl.uint8), mask=2 * byte < numel)
+        tl.store(packed_ptr + byte, ((first << 4) | second).to(tl.uint8), mask=byte < bytes_)

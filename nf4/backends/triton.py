@@ -8,13 +8,11 @@ from torch import Tensor
 from nf4 import formats
 from nf4.backends import tuning
 from nf4.backends.triton_launch import (
-    codes,
     decoder,
     kernel,
+    bucket_table,
     launch,
-    order,
     threshold_table,
-    thresholds,
     unsupported,
     value_table,
 )
@@ -43,19 +41,24 @@ def quantize(x: Tensor, block_size: int, format: int) -> tuple[Tensor, Tensor]:
         return packed, absmax
     config = tuning.quantize(block_size)
     blocks = config.tile // block_size
+    if fmt.bits == 4:
+        table = bucket_table(format, flat.device)
+    else:
+        table = threshold_table(format, flat.device)
     launch(
         kernel("quantize", "quantize_kernel"),
         (_cdiv(n, blocks * block_size),),
         {
             "x_ptr": flat,
-            "threshold_ptr": None if fmt.bits == 4 else threshold_table(format, flat.device),
+            "table_ptr": table,
             "packed_ptr": packed,
             "absmax_ptr": absmax,
             "numel": n,
+            "bytes_": packed.numel(),
             "BLOCK_SIZE": block_size,
             "BLOCKS": blocks,
-            "THRESHOLDS": thresholds(format),
-            "ORDER": order(format),
+            "BUCKETS": table.numel() // 4 if fmt.bits == 4 else None,
+            "SHORT": fmt.bits == 4 and n % block_size != 0,
         },
         flat.device,
         num_warps=config.num_warps,
@@ -144,22 +147,22 @@ def dequantize_out(
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     config = tuning.dequantize(block_size)
     blocks = config.tile // block_size
-    eight_bit = codes(format) is None
+    fmt = formats.BY_ID[format]
     launch(
         kernel("dequantize", "dequantize_kernel"),
-        (_cdiv(n, blocks * block_size * config.steps),),
+        (_cdiv(n, blocks * block_size),),
         {
             "packed_ptr": packed.contiguous(),
             "absmax_ptr": absmax.contiguous(),
             "nested_ptr": nested_absmax,
             "offset_ptr": offset,
             "map_ptr": value_table(_MAP, out.device),
-            "table_ptr": value_table(format, out.device) if eight_bit else None,
+            "table_ptr": value_table(format, out.device) if fmt.bits == 8 else None,
             "out_ptr": target,
             "numel": n,
+            "bytes_": fmt.packed_bytes(n),
             "BLOCK_SIZE": block_size,
             "BLOCKS": blocks,
-            "STEPS": config.steps,
             **decoder(format, torch.float32),
         },
         out.device,

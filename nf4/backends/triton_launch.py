@@ -137,22 +137,27 @@ def codes(format: int, dtype: torch.dtype = torch.float32) -> tuple[float, ...] 
 
 
 @lru_cache
-def thresholds(format: int) -> tuple[float, ...] | None:
-    """The 15 thresholds of a 4-bit format; None for an 8-bit format."""
-    fmt = formats.BY_ID[format]
-    return tuple(fmt.thresholds.tolist()) if fmt.bits == 4 else None
+def bucket_table(format: int, device: torch.device) -> Tensor:
+    """int64 [4 * buckets]: how ``kernels/_codes.encode4`` finds the codes of a 4-bit format.
 
-
-@lru_cache
-def order(format: int) -> tuple[int, int] | None:
-    """Codes by rank in two 32-bit words, a nibble each; None where the rank is the code."""
+    Bucket ``i`` takes the values that round to ``i / buckets - 1``. There are as few buckets, in a
+    power of two, as leave at most one threshold in each.
+    """
     fmt = formats.BY_ID[format]
-    if fmt.bits != 4 or fmt.order == tuple(range(16)):
-        return None
-    words = [sum(c << (4 * i) for i, c in enumerate(fmt.order[h : h + 8])) for h in (0, 8)]
-    # As int32, the type that the kernel shifts in.
-    signed = np.array(words, dtype=np.uint32).view(np.int32).tolist()
-    return signed[0], signed[1]
+    bounds = fmt.thresholds.astype(np.float64)
+    buckets = 1
+    while 1 / buckets >= np.diff(bounds).min():
+        buckets *= 2
+    low = (np.arange(2 * buckets + 1) - 0.5) / buckets - 1
+    rank = np.searchsorted(bounds, low, side="left")
+    last = len(bounds) - 1
+    inside = (rank <= last) & (bounds[np.minimum(rank, last)] <= low + 1 / buckets)
+    threshold = np.where(inside, fmt.thresholds[np.minimum(rank, last)], np.inf)
+    order = np.array(fmt.order, dtype=np.int64)
+    codes = order[rank] | order[np.minimum(rank + 1, 15)] << 4
+    table = np.zeros(4 * buckets, dtype=np.int64)
+    table[: len(low)] = threshold.astype(np.float32).view(np.uint32).astype(np.int64) << 32 | codes
+    return torch.from_numpy(table).to(device)
 
 
 @lru_cache

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ElementwiseConfig:
-    """A program handles ``steps`` tiles of ``tile`` elements each."""
+    """A program handles ``tile`` elements, whole blocks."""
 
     tile: int
-    steps: int
     num_warps: int
 
 
@@ -27,19 +26,15 @@ class DoubleQuantizeConfig:
 
 
 def quantize(block_size: int) -> ElementwiseConfig:
-    """8 elements a thread: 16-byte loads of 16-bit inputs, 4-byte stores of their codes."""
-    return ElementwiseConfig(tile=max(1024, block_size), steps=1, num_warps=4)
+    """32 elements a thread: four 16-byte loads in flight, 20 instructions an element on sm_90
+    (22 with 16 elements, 24 with 8).
+    """
+    return ElementwiseConfig(tile=max(4096, block_size), num_warps=4)
 
 
 def dequantize(block_size: int) -> ElementwiseConfig:
-    """8 elements a thread and step.
-
-    A thread then loads 4 bytes of codes and stores 16 bytes of bfloat16, both contiguous over a
-    warp, so that no data crosses threads; wider loads would need an exchange before the store.
-    Four independent steps keep four loads in flight.
-    """
-    tile = max(1024, block_size)
-    return ElementwiseConfig(tile=tile, steps=max(1, 4096 // tile), num_warps=4)
+    """Four 4-byte loads a thread, all in flight before the first store."""
+    return ElementwiseConfig(tile=4096, num_warps=4)
 
 
 def double_quantize() -> DoubleQuantizeConfig:
