@@ -19,8 +19,11 @@ def scale_blocks(x, DIVIDE: tl.constexpr):
 
     DIVIDE is the rule of a short last block of a 4-bit format: see nf4.formats.
     """
-    absmax = tl.max(tl.abs(x), axis=1)  # [A]
-    floored = tl.maximum(absmax, ABSMAX_FLOOR)
+    # By the bits: they order magnitudes as the values do, with infinity and then NaN on top, which
+    # a float32 maximum would drop.
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    absmax = tl.max(bits, axis=1).to(tl.float32, bitcast=True)  # [A]
+    floored = tl.where(absmax < ABSMAX_FLOOR, ABSMAX_FLOOR, absmax)
     # `1.0 / x` is an approximation on the device; the stored codes need the IEEE quotient.
     if DIVIDE:
         x = tl.math.div_rn(x, tl.broadcast_to(floored[:, None], x.shape))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nf4 import formats
 from nf4.backends import tuning
 from nf4.backends.triton_launch import (
+    bucket_table,
     decoder,
     kernel,
-    bucket_table,
     launch,
     threshold_table,
     unsupported,
@@ -144,7 +145,9 @@ def dequantize_out(
     n = out.numel()
     if n == 0:
         return
-    target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    target = (
+        out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    )
     config = tuning.dequantize(block_size)
     blocks = config.tile // block_size
     fmt = formats.BY_ID[format]
@@ -171,3 +174,46 @@ def dequantize_out(
     )
     if target is not out:
         out.copy_(target)
+
+
+def _check_dtype(op: str, t: Tensor) -> None:
+    if t.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(
+            f"nf4.{op}: backend 'triton' takes float32, float16 or bfloat16, got {t.dtype}"
+        )
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    block_size: int,
+    format: int,
+) -> Tensor:
+    """x [..., K] times W^T, plus bias: [..., N] of x's dtype."""
+    _check_dtype("linear", x)
+    k = x.shape[-1]
+    weight = (packed, absmax, nested_absmax, offset)
+    w = dequantize(*weight, [n, k], block_size, format, x.dtype)
+    return F.linear(x, w, None if bias is None else bias.to(x.dtype)).contiguous()
+
+
+def linear_backward(
+    grad_y: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    k: int,
+    block_size: int,
+    format: int,
+) -> Tensor:
+    """grad_y [..., N] times W: [..., K] of grad_y's dtype."""
+    _check_dtype("linear_backward", grad_y)
+    weight = (packed, absmax, nested_absmax, offset)
+    w = dequantize(*weight, [grad_y.shape[-1], k], block_size, format, grad_y.dtype)
+    return torch.matmul(grad_y, w).contiguous()

@@ -122,9 +122,7 @@ def launch(
     if device.type == "cuda":
         guard = torch.cuda.device(device)
     with guard:
-        kernel[grid](
-            **args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=not exact
-        )
+        kernel[grid](**args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=not exact)
 
 
 @lru_cache
@@ -186,8 +184,9 @@ def threshold_table(format: int, device: torch.device) -> Tensor:
 def repair_interpreter() -> None:
     """Give Triton's interpreter bfloat16 arithmetic as the device has it.
 
-    Up to Triton 3.9 its casts to bfloat16 truncate instead of rounding to nearest even, and
-    ``tl.dot`` multiplies the raw bits of bfloat16 operands. Both are replaced, once a process.
+    Up to Triton 3.9 its casts to bfloat16 truncate instead of rounding to nearest even, casts from
+    it get denormals wrong, and ``tl.dot`` multiplies the raw bits of bfloat16 operands. All three
+    are replaced, once a process.
     """
     from triton.language import bfloat16, float32
     from triton.runtime import interpreter
@@ -205,7 +204,7 @@ def repair_interpreter() -> None:
 
     def cast(self: Any, src: Any, dst_type: Any) -> Any:
         if dst_type.scalar != bfloat16 or src.dtype.scalar == bfloat16:
-            return cast_impl(self, src, dst_type)
+            return cast_impl(self, widened(src), dst_type)
         bits = np.asarray(src.data).astype(np.float32).view(np.uint32)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         nan = (bits & 0x7FFFFFFF) > 0x7F800000
@@ -215,7 +214,7 @@ def repair_interpreter() -> None:
         return dot(self, widened(a), widened(b), *rest)
 
     def fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
-        if dst_type.scalar == bfloat16:
+        if bfloat16 in (src.dtype.scalar, dst_type.scalar):
             return cast(self, src, dst_type)
         return convert(self, src, dst_type, rounding_mode)
 
