@@ -1,6 +1,6 @@
 """Resource table of the Triton kernels, compiled ahead of time: needs no GPU.
 
-The launchers of nf4.backends.triton run on meta tensors while launches are recorded, so that what is
+The launchers of nf4.backends.triton run on meta tensors while launches are recorded, so that what
 compiled here is what they would launch for those shapes on that device. Registers, shared memory,
 spills, access widths and tensor-core instructions are then read from the machine code. Nothing in
 the table is a time.
@@ -10,23 +10,16 @@ the table is a time.
 
 from __future__ import annotations
 
-import argparse
-import csv
-import multiprocessing
-import os
 import re
 import subprocess
-import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nf4.backends import triton as ops
-from nf4.backends.triton_launch import Launch, Target, recording
+from nf4.backends.triton_launch import Launch
 
 # Shared memory that one program can have, in bytes (CUDA C++ Programming Guide, "Technical
 # Specifications per Compute Capability"); compilation ahead of time does not check it.

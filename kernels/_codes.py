@@ -50,8 +50,8 @@ def decode_asm(codes, dtype):
         # Byte i of a plane belongs to code i of (second, first, second, first).
         if width == 2:
             lines += [
-                f"prmt.b32 ${pair}, plane0, plane1, 0x7351;",
-                f"prmt.b32 ${2 + pair}, plane0, plane1, 0x6240;",
+                f"prmt.b32 ${2 * pair}, plane0, plane1, 0x4051;",
+                f"prmt.b32 ${2 * pair + 1}, plane0, plane1, 0x6273;",
             ]
         else:
             for half, selector in enumerate(("0x5140", "0x7362")):
@@ -100,9 +100,16 @@ def decode(
         first = _select16(wide >> 4, CODES).to(DTYPE)
         second = _select16(wide & 15, CODES).to(DTYPE)
     else:
-        first, second = tl.inline_asm_elementwise(
-            ASM, CONSTRAINTS, [packed], dtype=(DTYPE.value, DTYPE.value), is_pure=True, pack=4
-        )
+        if tl.float32 == DTYPE:
+            first, second = tl.inline_asm_elementwise(
+                ASM, CONSTRAINTS, [packed], dtype=(tl.float32, tl.float32), is_pure=True, pack=4
+            )
+        else:
+            both = tl.inline_asm_elementwise(
+                ASM, CONSTRAINTS, [packed], dtype=tl.uint32, is_pure=True, pack=4
+            )
+            first = both.to(tl.uint16).to(DTYPE, bitcast=True)
+            second = (both >> 16).to(tl.uint16).to(DTYPE, bitcast=True)
     return first, second
 
 

@@ -13,9 +13,21 @@ from nf4.backends.triton_launch import (
     decoder,
     kernel,
     launch,
+    target_of,
     threshold_table,
     unsupported,
     value_table,
+)
+from nf4.backends.triton_matmul import (
+    Dropout,
+    Weight,
+    cdiv,
+    dense_lora,
+    fused_backward,
+    fused_linear,
+    lora_down,
+    lora_grad_a,
+    lora_grad_y,
 )
 
 __all__ = ["NAME", "unsupported"]
@@ -23,10 +35,6 @@ __all__ = ["NAME", "unsupported"]
 NAME = "triton"
 
 _MAP = formats.DYNAMIC8.id
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def quantize(x: Tensor, block_size: int, format: int) -> tuple[Tensor, Tensor]:
@@ -37,7 +45,7 @@ def quantize(x: Tensor, block_size: int, format: int) -> tuple[Tensor, Tensor]:
         flat = flat.float()
     n = flat.numel()
     packed = flat.new_empty((fmt.packed_bytes(n), 1), dtype=torch.uint8)
-    absmax = flat.new_empty(_cdiv(n, block_size), dtype=torch.float32)
+    absmax = flat.new_empty(cdiv(n, block_size), dtype=torch.float32)
     if n == 0:
         return packed, absmax
     config = tuning.quantize(block_size)
@@ -48,7 +56,7 @@ def quantize(x: Tensor, block_size: int, format: int) -> tuple[Tensor, Tensor]:
         table = threshold_table(format, flat.device)
     launch(
         kernel("quantize", "quantize_kernel"),
-        (_cdiv(n, blocks * block_size),),
+        (cdiv(n, blocks * block_size),),
         {
             "x_ptr": flat,
             "table_ptr": table,
@@ -73,16 +81,16 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     absmax = absmax.detach().contiguous()
     n, device = absmax.numel(), absmax.device
     result = torch.empty_like(absmax, dtype=torch.uint8)
-    nested = absmax.new_empty(_cdiv(n, formats.NESTED_BLOCK_SIZE))
+    nested = absmax.new_empty(cdiv(n, formats.NESTED_BLOCK_SIZE))
     if n == 0:
         return result, nested, absmax.new_zeros(())
     offset = absmax.new_empty(())
     config = tuning.double_quantize()
-    chunks = _cdiv(n, formats.OFFSET_CHUNK)
+    chunks = cdiv(n, formats.OFFSET_CHUNK)
     sums = absmax.new_empty(chunks, dtype=torch.float64)
     launch(
         kernel("double_quantize", "chunk_sums_kernel"),
-        (_cdiv(chunks, config.chunks),),
+        (cdiv(chunks, config.chunks),),
         {
             "absmax_ptr": absmax,
             "sums_ptr": sums,
@@ -96,7 +104,7 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
     launch(
         kernel("double_quantize", "double_quantize_kernel"),
-        (_cdiv(nested.numel(), config.blocks),),
+        (cdiv(nested.numel(), config.blocks),),
         {
             "absmax_ptr": absmax,
             "sums_ptr": sums,
@@ -153,7 +161,7 @@ def dequantize_out(
     fmt = formats.BY_ID[format]
     launch(
         kernel("dequantize", "dequantize_kernel"),
-        (_cdiv(n, blocks * block_size),),
+        (cdiv(n, blocks * block_size),),
         {
             "packed_ptr": packed.contiguous(),
             "absmax_ptr": absmax.contiguous(),
@@ -183,6 +191,17 @@ def _check_dtype(op: str, t: Tensor) -> None:
         )
 
 
+def _rows(t: Tensor) -> Tensor:
+    """t [..., F] as contiguous [M, F]."""
+    return t.detach().reshape(-1, t.shape[-1]).contiguous()
+
+
+def _workspace(w: Weight, dtype: torch.dtype) -> Tensor:
+    """The weight as a new dense [n, k]."""
+    weight = (w.packed, w.absmax, w.nested_absmax, w.offset)
+    return dequantize(*weight, [w.n, w.k], w.block_size, w.format, dtype)
+
+
 def linear(
     x: Tensor,
     packed: Tensor,
@@ -196,10 +215,20 @@ def linear(
 ) -> Tensor:
     """x [..., K] times W^T, plus bias: [..., N] of x's dtype."""
     _check_dtype("linear", x)
-    k = x.shape[-1]
-    weight = (packed, absmax, nested_absmax, offset)
-    w = dequantize(*weight, [n, k], block_size, format, x.dtype)
-    return F.linear(x, w, None if bias is None else bias.to(x.dtype)).contiguous()
+    rows = _rows(x)
+    m, k = rows.shape
+    w = Weight(packed, absmax, nested_absmax, offset, n, k, block_size, format)
+    if m * n == 0:
+        return x.new_empty(*x.shape[:-1], n)
+    if bias is not None:
+        bias = bias.contiguous()
+    config = tuning.linear(w.shape(m, x.dtype), target_of(x.device))
+    if config is None:
+        # No LoRA term to carry: the vendor's dense product.
+        y = F.linear(rows, _workspace(w, x.dtype), None if bias is None else bias.to(x.dtype))
+    else:
+        y = fused_linear(rows, w, config, bias)
+    return y.view(*x.shape[:-1], n)
 
 
 def linear_backward(
@@ -214,6 +243,117 @@ def linear_backward(
 ) -> Tensor:
     """grad_y [..., N] times W: [..., K] of grad_y's dtype."""
     _check_dtype("linear_backward", grad_y)
-    weight = (packed, absmax, nested_absmax, offset)
-    w = dequantize(*weight, [grad_y.shape[-1], k], block_size, format, grad_y.dtype)
-    return torch.matmul(grad_y, w).contiguous()
+    rows = _rows(grad_y)
+    m, n = rows.shape
+    w = Weight(packed, absmax, nested_absmax, offset, n, k, block_size, format)
+    if m * k == 0:
+        return grad_y.new_empty(*grad_y.shape[:-1], k)
+    config = tuning.linear_backward(w.shape(m, grad_y.dtype), target_of(grad_y.device))
+    if config is None:
+        dx = torch.mm(rows, _workspace(w, grad_y.dtype))
+    else:
+        dx = fused_backward(rows, w, config)
+    return dx.view(*grad_y.shape[:-1], k)
+
+
+def _dense_lora(
+    rows: Tensor,
+    w: Tensor,
+    u: Tensor,
+    v: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout: Dropout,
+) -> Tensor:
+    """rows [M, K] times the dense w [K, N] plus mask(scaling * u v) plus bias."""
+    dtype = rows.dtype
+    if tuning.tensor_cores(dtype.itemsize, target_of(rows.device)):
+        return dense_lora(rows, w, u, v, scaling, bias, dropout, dtype)
+    # Without Triton on tensor cores the vendor's product is faster than one that carries LoRA.
+    term = dense_lora(None, None, u, v, scaling, bias, dropout, dtype)
+    return torch.addmm(term, rows, w)
+
+
+def linear_lora(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    n: int,
+    block_size: int,
+    format: int,
+) -> tuple[Tensor, Tensor]:
+    """y [..., N] of x's dtype, and s = dropout(x) lora_a^T, float32 [..., r]."""
+    _check_dtype("linear_lora", x)
+    rows = _rows(x)
+    m, k = rows.shape
+    r = lora_a.shape[0]
+    w = Weight(packed, absmax, nested_absmax, offset, n, k, block_size, format)
+    if m * n == 0:
+        empty = x.new_zeros(*x.shape[:-1], r, dtype=torch.float32)
+        return x.new_empty(*x.shape[:-1], n), empty
+    if bias is not None:
+        bias = bias.contiguous()
+    lora_a, lora_b = lora_a.detach().contiguous(), lora_b.detach().contiguous()
+    s = lora_down(rows, lora_a, Dropout.of(dropout_p, seed))
+    config = tuning.linear(w.shape(m, x.dtype), target_of(x.device))
+    if config is None:
+        dense = _workspace(w, x.dtype).t()
+        y = _dense_lora(rows, dense, s, lora_b.t(), scaling, bias, Dropout())
+    else:
+        y = fused_linear(rows, w, config, bias, s, lora_b, scaling)
+    return y.view(*x.shape[:-1], n), s.view(*x.shape[:-1], r)
+
+
+def linear_lora_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    s: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    block_size: int,
+    format: int,
+    needs_dx: bool,
+    needs_dab: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx like x, and dA and dB like the adapters; empty where not needed."""
+    _check_dtype("linear_lora_backward", grad_y)
+    grads, rows = _rows(grad_y), _rows(x)
+    (m, n), k = grads.shape, rows.shape[1]
+    w = Weight(packed, absmax, nested_absmax, offset, n, k, block_size, format)
+    dx, da, db = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
+    lora_a, lora_b = lora_a.detach().contiguous(), lora_b.detach().contiguous()
+    if m == 0:
+        dx = x.new_empty(x.shape if needs_dx else (0,))
+        if needs_dab:
+            da, db = torch.zeros_like(lora_a), torch.zeros_like(lora_b)
+        return dx, da, db
+    if not (needs_dx or needs_dab):
+        return dx, da, db
+    dropout = Dropout.of(dropout_p, seed)
+    saved = _rows(s) if needs_dab else None
+    ds, grad_b = lora_grad_y(grads, saved, lora_b, scaling)
+    if grad_b is not None:
+        da, db = lora_grad_a(rows, ds, dropout, lora_a.dtype), grad_b
+    if needs_dx:
+        config = tuning.linear_backward(w.shape(m, x.dtype), target_of(x.device))
+        if config is None:
+            flat = _dense_lora(grads, _workspace(w, x.dtype), ds, lora_a, 1.0, None, dropout)
+        else:
+            flat = fused_backward(grads, w, config, ds, lora_a, dropout)
+        dx = flat.view(x.shape)
+    return dx, da, db

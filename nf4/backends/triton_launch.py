@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nf4 import formats
+from nf4.backends.tuning import Target
 
 # Numbers of the interpreter's pretended device: they only choose tiles and splits.
 _INTERPRETED = (90, 4)
@@ -45,14 +46,6 @@ def unsupported(device: torch.device) -> str | None:
 
 
 @dataclass(frozen=True)
-class Target:
-    """The device that a launch is planned for."""
-
-    capability: int  # 90 for compute capability 9.0
-    sm_count: int
-
-
-@dataclass(frozen=True)
 class Launch:
     """One kernel launch, before any compilation."""
 
@@ -75,7 +68,8 @@ def recording(target: Target) -> Iterator[list[Launch]]:
     The ahead-of-time checks use it to compile exactly what the launchers would run on ``target``.
     """
     global _recorded
-    previous, launches = _recorded, []
+    previous = _recorded
+    launches: list[Launch] = []
     _recorded = (target, launches)
     try:
         yield launches

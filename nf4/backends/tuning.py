@@ -8,6 +8,41 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+SUM_BLOCK = 1024  # elements of a program that adds partial sums: 8 a thread, two 16-byte loads
+
+
+@dataclass(frozen=True)
+class Target:
+    """The device that a launch is planned for."""
+
+    capability: int  # 90 for compute capability 9.0
+    sm_count: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A product of ``m`` rows with a quantized weight [n, k]."""
+
+    m: int
+    n: int
+    k: int
+    block_size: int
+    aligned: bool  # 4-bit codes, and no block crosses rows
+    itemsize: int  # of the activations
+
+
+@dataclass(frozen=True)
+class MatmulConfig:
+    """Tile sizes of a matmul kernel. ``split`` parts of the reduction go to different programs."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    split: int = 1
+    permute: bool = False
+
 
 @dataclass(frozen=True)
 class ElementwiseConfig:
@@ -40,3 +75,142 @@ def dequantize(block_size: int) -> ElementwiseConfig:
 def double_quantize() -> DoubleQuantizeConfig:
     """One warp a program spreads the serial sums over as many SMs as there are."""
     return DoubleQuantizeConfig(chunks=32, blocks=4, unroll=32, num_warps=4)
+
+
+def _ceil_pow2(x: int) -> int:
+    return 1 << max(x - 1, 0).bit_length()
+
+
+def _floor_pow2(x: int) -> int:
+    return 1 << max(x, 1).bit_length() - 1
+
+
+def lora_tile(r: int) -> int:
+    """Columns of a LoRA tile: a matrix instruction takes 16 at least; more than 64 go in a loop."""
+    return min(max(_ceil_pow2(r), 16), 64)
+
+
+def tensor_cores(itemsize: int, target: Target) -> bool:
+    """Whether Triton multiplies this type on tensor cores.
+
+    Triton 3.9 emits no matrix instruction below compute capability 8.0 (seen in its PTX for 7.5),
+    and float32 products must not be rounded to TF32.
+    """
+    return itemsize == 2 and target.capability >= 80
+
+
+def _split(programs: int, steps: int, partial_bytes: int, weight_bytes: int, sm_count: int) -> int:
+    """Parts of the reduction: a power of two.
+
+    Up to four programs an SM, so that enough loads are in flight; at least four steps a part, so
+    that the pipeline fills; and no more bytes of partial sums, written and read once, than bytes
+    of weights.
+    """
+    by_device = 4 * sm_count // programs
+    by_steps = steps // 4
+    by_bytes = weight_bytes // (2 * partial_bytes)
+    return _floor_pow2(min(by_device, by_steps, by_bytes, 64))
+
+
+# (largest m, block_m, block_n, warps). Weights are decoded once a tile of block_m tokens, so that
+# tiles are as tall as registers allow: with 64 tokens and 4 warps sm_80 and sm_86 spill.
+_LINEAR = (
+    (8, 8, 128, 4),
+    (16, 16, 128, 4),
+    (32, 32, 128, 4),
+    (None, 64, 128, 8),
+)
+# Fused, a weight costs about 7 instructions for each tile of 64 tokens and 0.52 bytes; through a
+# workspace 4.6 bytes more and none. By the rates of H200 and A100 the two meet between 256 and 512
+# tokens (counted, not timed).
+_LINEAR_FUSED_ROWS = 256
+# Weights are scaled one by one and pass through shared memory, about three times the instructions.
+_BACKWARD_FUSED_ROWS = 64
+# Without tensor cores every token costs a multiply-add a weight; a workspace costs 4.6 bytes.
+_PLAIN_FUSED_ROWS = 8
+
+
+def linear(shape: Shape, target: Target) -> MatmulConfig | None:
+    """How to multiply packed weights, or None: dequantize to a workspace, then a dense product.
+
+    None is also the general path of weights whose blocks cross rows, and of 8-bit codes.
+    """
+    if not shape.aligned:
+        return None
+    weight_bytes = shape.n * shape.k // 2
+    if tensor_cores(shape.itemsize, target):
+        if shape.m > _LINEAR_FUSED_ROWS:
+            return None
+        _, block_m, block_n, warps = next(c for c in _LINEAR if c[0] is None or shape.m <= c[0])
+        block_k, stages = min(shape.block_size, 64), 4
+    elif shape.m <= _PLAIN_FUSED_ROWS:
+        block_m, block_n, block_k, warps, stages = 8, 32, 32, 4, 2
+    else:
+        return None
+    programs = -(-shape.n // block_n) * -(-shape.m // block_m)
+    partial_bytes = 4 * shape.m * shape.n
+    split = _split(programs, shape.k // block_k, partial_bytes, weight_bytes, target.sm_count)
+    # Only wgmma takes weights from registers in an order that a permuted reduction makes wide:
+    # 5.7 for 6.6 instructions a weight on sm_90, but 6.6 for 5.2 on sm_80 (static counts).
+    permute = target.capability == 90 and tensor_cores(shape.itemsize, target)
+    return MatmulConfig(block_m, block_n, block_k, warps, stages, split, permute)
+
+
+def linear_backward(shape: Shape, target: Target) -> MatmulConfig | None:
+    """How to multiply a gradient with packed weights, or None: through a workspace."""
+    if not shape.aligned:
+        return None
+    if tensor_cores(shape.itemsize, target):
+        if shape.m > _BACKWARD_FUSED_ROWS:
+            return None
+        block_m = max(16, _ceil_pow2(shape.m))
+        block_n, block_k, warps, stages = 64, min(shape.block_size, 64), 4, 3
+    elif shape.m <= _PLAIN_FUSED_ROWS:
+        block_m, block_n, block_k, warps, stages = 8, 32, 32, 4, 2
+    else:
+        return None
+    programs = -(-shape.k // block_k) * -(-shape.m // block_m)
+    split = _split(
+        programs,
+        -(-shape.n // block_n),
+        4 * shape.m * shape.k,
+        shape.n * shape.k // 2,
+        target.sm_count,
+    )
+    return MatmulConfig(block_m, block_n, block_k, warps, stages, split)
+
+
+def dense(m: int, n: int, itemsize: int, target: Target) -> MatmulConfig:
+    """Tiles of the dense product with a LoRA term."""
+    if not tensor_cores(itemsize, target):
+        return MatmulConfig(32, 64, 32, num_warps=4, num_stages=2)
+    if target.capability in (90, 100):
+        # 64 accumulators a thread beside 3 stages of 48 KiB; the widest instruction, n = 256.
+        return MatmulConfig(128, 256, 64, num_warps=8, num_stages=3)
+    # 99 KiB of shared memory on sm_86, sm_89 and sm_120: 3 stages of 16 KiB.
+    return MatmulConfig(128, 128, 32, num_warps=8, num_stages=3)
+
+
+def lora_down(m: int, k: int, r: int, itemsize: int, target: Target) -> MatmulConfig:
+    """Tiles of x A^T; ``block_n`` tiles the rank."""
+    block_n = lora_tile(r)
+    if tensor_cores(itemsize, target):
+        block_m = 16 if m <= 16 else 64
+        block_k, warps, stages = 128, 4, 3
+    else:
+        block_m, block_k, warps, stages = 16, 32, 4, 2
+    programs = -(-m // block_m) * -(-r // block_n)
+    split = _split(programs, -(-k // block_k), 4 * m * r, itemsize * m * k, target.sm_count)
+    return MatmulConfig(block_m, block_n, block_k, warps, stages, split)
+
+
+def lora_grad(m: int, features: int, r: int, itemsize: int, target: Target) -> MatmulConfig:
+    """Tiles of the gradients of LoRA: ``block_n`` of the features, ``split`` slices of the rows."""
+    if tensor_cores(itemsize, target):
+        # Partial sums of ds take 8 r / block_n bytes an element of grad_y, a quarter at r = 16.
+        block_m, block_n, warps, stages = 64, 128, 4, 2
+    else:
+        block_m, block_n, warps, stages = 16, 32, 4, 2
+    programs = -(-features // block_n) * -(-r // lora_tile(r))
+    split = _split(programs, -(-m // block_m), 4 * r, itemsize * m, target.sm_count)
+    return MatmulConfig(block_m, block_n, 0, warps, stages, split)
