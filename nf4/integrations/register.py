@@ -12,6 +12,7 @@ from nf4.integrations.hooks import on_import
 INTEGRATIONS = (
     ("transformers.quantizers.auto", "nf4.integrations.transformers"),
     ("peft", "nf4.integrations.peft"),
+    ("transformers.trainer", "nf4.integrations.trainer"),
 )
 
 

@@ -1,19 +1,86 @@
-"""transformers' Trainer: checkpoints to resume from. Imports nothing of transformers."""
+"""transformers' Trainer: optimizer names that resolve to nf4.optim, and checkpoints to resume from.
+
+Importing this module imports neither transformers nor nf4.optim.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
 import logging
 import os
 import re
+import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from nf4.integrations.hooks import importable
 
 logger = logging.getLogger(__name__)
+
+# Names that TrainingArguments(optim=...) takes, with the class in nf4.optim that they resolve to.
+OPTIMIZERS = {
+    "adamw_8bit": "AdamW8bit",
+    "adamw_bnb_8bit": "AdamW8bit",
+    "paged_adamw_8bit": "PagedAdamW8bit",
+    "paged_adamw": "PagedAdamW32bit",
+    "paged_adamw_32bit": "PagedAdamW32bit",
+}
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # An 8-byte length comes first in a safetensors file; a header above 100 MB is refused by readers.
 _MAX_HEADER = 100_000_000
+
+
+def resolves_here(optim: str) -> bool:
+    """Whether ``TrainingArguments(optim=optim)`` gives an optimizer of nf4 in this process.
+
+    So it is for the names in ``OPTIMIZERS`` where bitsandbytes cannot be imported or
+    ``nf4.drop_in`` is active.
+    """
+    return optim in OPTIMIZERS and (_drop_in_active() or not importable("bitsandbytes"))
+
+
+def _drop_in_active() -> bool:
+    # Not imported here: importing it installs it.
+    drop_in = sys.modules.get("nf4.drop_in")
+    return drop_in is not None and drop_in.status().active
+
+
+def optimizer_class(optim: str) -> type:
+    """The class in nf4.optim for a Trainer name; KeyError for a name not in ``OPTIMIZERS``."""
+    from nf4 import optim as optimizers
+
+    return getattr(optimizers, OPTIMIZERS[optim])
+
+
+def install() -> None:
+    """Have ``Trainer.get_optimizer_cls_and_kwargs``, a public static method, resolve our names.
+
+    Other names, and ours where ``resolves_here`` is False, go to the original.
+    """
+    trainer: Any = importlib.import_module("transformers.trainer").Trainer
+    original: Callable[..., tuple[Any, Any]] = trainer.get_optimizer_cls_and_kwargs
+    if getattr(original, "_nf4", False):
+        return
+
+    @functools.wraps(original)
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        name = str(getattr(args.optim, "value", args.optim))
+        if not resolves_here(name):
+            return original(args, model)
+        kwargs = {
+            "lr": args.learning_rate,
+            "betas": (args.adam_beta1, args.adam_beta2),
+            "eps": args.adam_epsilon,
+        }
+        return optimizer_class(name), kwargs
+
+    get_optimizer_cls_and_kwargs._nf4 = True  # type: ignore[attr-defined]
+    trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
 
 
 def find_resume_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
