@@ -1,4 +1,4 @@
-"""Checkpoints of tiny models, for the tests of loading and saving."""
+"""Checkpoints of tiny models without dropout, for the tests of loading and saving."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _gpt2() -> Any:
     return GPT2LMHeadModel(
         GPT2Config(
             n_embd=64, n_layer=2, n_head=4, vocab_size=128, n_positions=64, bos_token_id=1,
-            eos_token_id=2,
+            eos_token_id=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         )
     )  # fmt: skip
 
@@ -48,7 +48,8 @@ def _opt() -> Any:
     from transformers import OPTConfig, OPTForCausalLM
 
     sizes = {k: v for k, v in SIZES.items() if k not in ("intermediate_size", "hidden_size")}
-    return OPTForCausalLM(OPTConfig(hidden_size=64, ffn_dim=128, word_embed_proj_dim=64, **sizes))
+    widths = {"hidden_size": 64, "ffn_dim": 128, "word_embed_proj_dim": 64}
+    return OPTForCausalLM(OPTConfig(**widths, **sizes, dropout=0.0))
 
 
 def _classifier() -> Any:

@@ -1,0 +1,409 @@
+"""bitsandbytes' configuration and checkpoints without bitsandbytes, and ours with it.
+
+The tests named ``test_b<number>`` show a defect of bitsandbytes under transformers and that nf4
+does not have it.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import (
+    assert_same_files,
+    auto_class,
+    edit_tensors,
+    load,
+    logits,
+    quantized,
+    save_model,
+    token_ids,
+)
+from safetensors.torch import load_file
+
+import nf4
+from nf4.nn import NF4Experts
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+
+import bitsandbytes as bnb
+from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+
+from nf4.integrations.transformers import give_back_bitsandbytes, take_bitsandbytes
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+LAYOUTS = [
+    pytest.param({"bnb_4bit_quant_type": form, "bnb_4bit_use_double_quant": nested}, id=name)
+    for name, form, nested in (
+        ("nf4", "nf4", False),
+        ("nf4-double", "nf4", True),
+        ("fp4", "fp4", False),
+        ("fp4-double", "fp4", True),
+    )
+]
+NF4_DOUBLE: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+
+def config(**settings: Any) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(load_in_4bit=True, **settings)
+
+
+@pytest.fixture
+def in_place() -> Iterator[None]:
+    """nf4 in place of bitsandbytes' 4-bit quantizer."""
+    take_bitsandbytes()
+    yield
+    give_back_bitsandbytes()
+
+
+def theirs(directory: Path, kind: str = "llama", **kwargs: Any) -> Any:
+    """The checkpoint loaded by bitsandbytes itself."""
+    model = load(directory, kind, **kwargs)
+    assert any(isinstance(m, bnb.nn.Linear4bit) for m in model.modules())
+    return model
+
+
+def ours(directory: Path, kind: str = "llama", **kwargs: Any) -> Any:
+    """The checkpoint loaded by nf4 in bitsandbytes' place."""
+    take_bitsandbytes()
+    try:
+        model = load(directory, kind, **kwargs)
+    finally:
+        give_back_bitsandbytes()
+    assert any(isinstance(m, (nf4.NF4Linear, NF4Experts)) for m in model.modules())
+    assert not any(isinstance(m, bnb.nn.Linear4bit) for m in model.modules())
+    return model
+
+
+def their_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of a bitsandbytes model, in train mode: on CPUs with AVX512_BF16 its eval mode rounds
+    inputs and repacks the weights, for good."""
+    return logits(model.train(), ids)
+
+
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16", "float16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_reads_and_writes_their_checkpoints(
+    layout: dict[str, Any], storage: str, tmp_path: Path
+) -> None:
+    saved = save_model("llama-short-blocks", tmp_path / "16bit")
+    given = config(**layout, bnb_4bit_quant_storage=storage)
+    original = theirs(saved, quantization_config=given)
+    original.save_pretrained(tmp_path / "theirs")
+    model = ours(tmp_path / "theirs")
+    ids = token_ids()
+    # Both compute in float32 from equal bytes; only the order of sums differs.
+    assert torch.allclose(logits(model, ids), their_logits(original, ids), atol=1e-5)
+    model.save_pretrained(tmp_path / "ours")
+    assert_same_files(tmp_path / "theirs", tmp_path / "ours")
+    again = theirs(tmp_path / "ours")
+    assert torch.equal(their_logits(again, ids), their_logits(original, ids))
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2", "opt", "classifier"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_they_read_what_we_quantize(kind: str, layout: dict[str, Any], tmp_path: Path) -> None:
+    """Every weight that they decode from our file is the one that we decode."""
+    settings = {"format": layout["bnb_4bit_quant_type"]}
+    settings["double_quant"] = layout["bnb_4bit_use_double_quant"]
+    model = quantized(save_model(kind, tmp_path / "16bit"), kind, **settings)
+    model.save_pretrained(tmp_path / "ours")
+    loaded = theirs(tmp_path / "ours", kind)
+    count = 0
+    for name, module in loaded.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            assert torch.equal(weight, model.get_submodule(name).dequantize()), name
+            count += 1
+    assert count == sum(isinstance(m, nf4.NF4Linear) for m in model.modules()) > 0
+    ids = token_ids()
+    assert torch.allclose(logits(model, ids), their_logits(loaded, ids), atol=1e-5)
+
+
+def test_single_quantization_gives_their_bytes(tmp_path: Path) -> None:
+    saved = save_model("llama-short-blocks", tmp_path / "16bit")
+    given = config(bnb_4bit_quant_type="nf4")
+    theirs(saved, quantization_config=given).save_pretrained(tmp_path / "theirs")
+    ours(saved, quantization_config=given).save_pretrained(tmp_path / "ours")
+    assert_same_files(tmp_path / "theirs", tmp_path / "ours")
+
+
+def test_nf4config_chooses_nf4_for_their_checkpoint(tmp_path: Path) -> None:
+    """With bitsandbytes installed, an NF4Config loads its checkpoint with nf4 all the same."""
+    saved = save_model("llama", tmp_path / "16bit", torch.bfloat16)
+    theirs(saved, quantization_config=config(**NF4_DOUBLE)).save_pretrained(tmp_path / "theirs")
+    model = load(tmp_path / "theirs", quantization_config=nf4.NF4Config())
+    layer = model.model.layers[0].mlp.up_proj
+    assert isinstance(layer, nf4.NF4Linear)
+    assert layer.compute_dtype is None  # not the float32 of the checkpoint's configuration (B14)
+    model.save_pretrained(tmp_path / "ours")
+    assert_same_files(tmp_path / "theirs", tmp_path / "ours")
+
+
+def test_skip_lists_do_not_decide(tmp_path: Path) -> None:
+    """Whether a weight is quantized is read off the checkpoint: lists in the wild name paths of
+    other releases of transformers."""
+    saved = save_model("llama", tmp_path / "16bit")
+    given = config(**NF4_DOUBLE, llm_int8_skip_modules=["lm_head", "model.layers.0.mlp"])
+    original = theirs(saved, quantization_config=given)
+    original.save_pretrained(tmp_path / "theirs")
+    file = tmp_path / "theirs" / "config.json"
+    file.write_text(file.read_text().replace("model.layers.0.mlp", "language_model.layers.0.mlp"))
+    model = ours(tmp_path / "theirs")
+    assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
+    assert isinstance(model.model.layers[1].mlp.up_proj, nf4.NF4Linear)
+    ids = token_ids()
+    assert torch.allclose(logits(model, ids), their_logits(original, ids), atol=1e-5)
+
+
+def test_our_skip_list_reaches_them(tmp_path: Path) -> None:
+    kept = ["q_proj", "model.layers.1"]
+    model = quantized(save_model("llama", tmp_path / "16bit"), modules_to_not_convert=kept)
+    model.save_pretrained(tmp_path / "ours")
+    loaded = theirs(tmp_path / "ours")
+    for name, module in loaded.named_modules():
+        own = isinstance(model.get_submodule(name), nf4.NF4Linear)
+        assert isinstance(module, bnb.nn.Linear4bit) == own, name
+
+
+def test_without_bitsandbytes(tmp_path: Path) -> None:
+    """Where bitsandbytes cannot be imported, its configuration and checkpoints load with nf4."""
+    saved = save_model("llama", tmp_path / "16bit")
+    original = theirs(saved, quantization_config=config(**NF4_DOUBLE))
+    original.save_pretrained(tmp_path / "theirs")
+    ids = token_ids()
+    torch.save((ids, their_logits(original, ids)), tmp_path / "expected.pt")
+    code = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "bitsandbytes":
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+import torch, nf4
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+ids, expected = torch.load({str(tmp_path / "expected.pt")!r})
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "theirs")!r})
+assert torch.allclose(model(ids).logits, expected, atol=1e-5)
+model.num_parameters()  # imports bitsandbytes where is_loaded_in_4bit is set
+model.save_pretrained({str(tmp_path / "ours")!r})
+config = BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+)
+fresh = AutoModelForCausalLM.from_pretrained({str(saved)!r}, quantization_config=config)
+assert isinstance(fresh.model.layers[0].mlp.up_proj, nf4.NF4Linear)
+assert "bitsandbytes" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=_ROOT, check=True)
+    assert_same_files(tmp_path / "theirs", tmp_path / "ours")
+
+
+def test_experts_stored_one_by_one(in_place: None, tmp_path: Path) -> None:
+    """Checkpoints of transformers 4 hold a Linear4bit per expert, which 5 cannot load (B11)."""
+    model = quantized(save_model("qwen3-moe", tmp_path / "16bit"), "qwen3-moe")
+    model.save_pretrained(tmp_path / "4bit")
+    keys = load_file(tmp_path / "4bit" / "model.safetensors")
+    name = "model.layers.1.mlp.experts.3.down_proj.weight"
+    assert f"{name}.quant_state.bitsandbytes__nf4" in keys
+    assert "model.layers.1.mlp.experts.down_proj" not in keys
+    model.config.quantization_config = config(**NF4_DOUBLE)
+    model.config.save_pretrained(tmp_path / "4bit")
+    again = load(tmp_path / "4bit", "qwen3-moe")
+    assert isinstance(again.model.layers[1].mlp.experts, NF4Experts)
+    ids = token_ids()
+    assert torch.equal(logits(again, ids), logits(model, ids))
+
+
+# Defects of bitsandbytes under transformers.
+
+
+def test_b1_save_what_was_loaded(tmp_path: Path) -> None:
+    saved = save_model("llama", tmp_path / "16bit")
+    theirs(saved, quantization_config=config(**NF4_DOUBLE)).save_pretrained(tmp_path / "theirs")
+    loaded = theirs(tmp_path / "theirs")
+    with pytest.raises(NotImplementedError):
+        loaded.save_pretrained(tmp_path / "again")
+    ours(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
+    assert_same_files(tmp_path / "theirs", tmp_path / "ours")
+
+
+def test_b2_dequantize_after_saving(tmp_path: Path) -> None:
+    saved = save_model("llama", tmp_path / "16bit", torch.bfloat16)
+    given = config(**NF4_DOUBLE)
+    loaded = theirs(saved, quantization_config=given)
+    loaded.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(RuntimeError, match="Invalid device string"):
+        loaded.dequantize()
+    model = ours(saved, quantization_config=given)
+    model.save_pretrained(tmp_path / "ours")
+    model.dequantize()
+    assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
+    assert not hasattr(model, "is_loaded_in_4bit")
+
+
+def test_b4_conv1d_comes_back(tmp_path: Path) -> None:
+    saved = save_model("gpt2", tmp_path / "16bit")
+    given = config(**NF4_DOUBLE)
+    loaded = theirs(saved, "gpt2", quantization_config=given)
+    loaded.dequantize()
+    assert type(loaded.transformer.h[0].attn.c_attn) is nn.Linear  # which no reload accepts
+    model = ours(saved, "gpt2", quantization_config=given)
+    model.dequantize()
+    assert type(model.transformer.h[0].attn.c_attn) is Conv1D
+
+
+def test_b11_experts_are_quantized(tmp_path: Path) -> None:
+    saved = save_model("qwen3-moe", tmp_path / "16bit")
+    given = config(**NF4_DOUBLE)
+    loaded = theirs(saved, "qwen3-moe", quantization_config=given)
+    assert loaded.model.layers[0].mlp.experts.down_proj.is_floating_point()
+    model = ours(saved, "qwen3-moe", quantization_config=given)
+    experts = model.model.layers[0].mlp.experts
+    assert isinstance(experts, NF4Experts)
+    assert not experts.down_proj.is_floating_point()
+    assert model.get_memory_footprint() < 0.75 * loaded.get_memory_footprint()
+
+
+def test_b12_meta_device(tmp_path: Path) -> None:
+    saved = save_model("llama", tmp_path / "16bit")
+    with pytest.raises(RuntimeError):
+        theirs(saved, quantization_config=config(**NF4_DOUBLE)).to("meta")
+    assert all(p.is_meta for p in quantized(saved).to("meta").parameters())
+
+
+@pytest.mark.parametrize("device", ["cpu", "disk"])
+def test_b13_offload(device: str, tmp_path: Path) -> None:
+    """A part of a quantized model may live on disk (or on the CPU, beside a GPU)."""
+    saved = save_model("llama", tmp_path / "16bit")
+    original = theirs(saved, quantization_config=config(**NF4_DOUBLE))
+    original.save_pretrained(tmp_path / "theirs")
+    parts = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": device}
+    device_map = {**parts, "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    kwargs = {"device_map": device_map, "offload_folder": tmp_path / "offload"}
+    if device == "disk":
+        with pytest.raises(ValueError, match="dispatched on the CPU or the disk"):
+            theirs(tmp_path / "theirs", **kwargs)
+    model = ours(tmp_path / "theirs", **kwargs)
+    weight = model.model.layers[1].mlp.up_proj.weight
+    assert weight.is_meta == (device == "disk")
+    ids = token_ids()
+    assert torch.allclose(logits(model, ids), their_logits(original, ids), atol=1e-5)
+    model.save_pretrained(tmp_path / "ours")
+    assert_same_files(tmp_path / "theirs", tmp_path / "ours")
+
+
+# A checkpoint that cannot be loaded gives one error that says why.
+
+KEY = "model.layers.1.mlp.up_proj.weight"
+STATE = f"{KEY}.quant_state.bitsandbytes__"
+
+
+def _drop(key: str) -> Any:
+    return lambda tensors: tensors.pop(key)
+
+
+def _rename(old: str, new: str) -> Any:
+    return lambda tensors: tensors.update({new: tensors.pop(old)})
+
+
+def _double_state(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[f"{STATE}fp4"] = tensors[f"{STATE}nf4"].clone()
+
+
+def _drop_companions(tensors: dict[str, torch.Tensor]) -> None:
+    for key in [key for key in tensors if key.startswith(f"{KEY}.")]:
+        del tensors[key]
+
+
+def _shorten(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[KEY] = tensors[KEY][:-1].clone()
+
+
+def _other_table(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[f"{KEY}.quant_map"] += 0.1
+
+
+def _no_json(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[f"{STATE}nf4"][0] = ord("?")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(_drop(f"{STATE}nf4"), "missing key .*up_proj.*nf4", id="no state"),
+        pytest.param(_drop(f"{KEY}.absmax"), "missing key .*up_proj.*absmax", id="no absmax"),
+        pytest.param(_drop(f"{KEY}.nested_absmax"), "missing key .*nested_absmax", id="no nested"),
+        pytest.param(_drop(KEY), "missing key .*up_proj.weight'", id="no weight"),
+        pytest.param(_drop_companions, "up_proj.weight is packed .*state is missing", id="bare"),
+        pytest.param(_double_state, "one quantization state, got fp4 and nf4", id="two states"),
+        pytest.param(_rename(f"{STATE}nf4", f"{STATE}nf3"), "format .* got 'nf3'", id="unknown"),
+        pytest.param(_shorten, "packed must have 4096 elements .* got 4095", id="short"),
+        pytest.param(_other_table, "up_proj.*must be the nf4 table", id="table"),
+        pytest.param(_no_json, "must hold JSON", id="no JSON"),
+    ],
+)
+def test_damaged_checkpoint(change: Any, message: str, tmp_path: Path) -> None:
+    quantized(save_model("llama", tmp_path / "16bit")).save_pretrained(tmp_path / "4bit")
+    edit_tensors(tmp_path / "4bit", change)
+    with pytest.raises(ValueError, match=message):
+        ours(tmp_path / "4bit")
+
+
+def test_truncated_file(tmp_path: Path) -> None:
+    quantized(save_model("llama", tmp_path / "16bit")).save_pretrained(tmp_path / "4bit")
+    file = tmp_path / "4bit" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model.safetensors is truncated or damaged"):
+        ours(tmp_path / "4bit")
+
+
+def test_another_model_s_weights(tmp_path: Path) -> None:
+    saved = save_model("llama-short-blocks", tmp_path / "16bit")
+    quantized(saved).save_pretrained(tmp_path / "4bit")
+    file = tmp_path / "4bit" / "config.json"
+    file.write_text(file.read_text().replace('"intermediate_size": 100', '"intermediate_size": 96'))
+    with pytest.raises(ValueError, match=r"must have shape \[96, 64\], got \[100, 64\]"):
+        ours(tmp_path / "4bit")
+
+
+def test_weights_that_are_not_finite(tmp_path: Path) -> None:
+    saved = save_model("llama", tmp_path)
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[KEY][3, 5] = float("nan")
+        tensors["model.layers.0.mlp.down_proj.weight"][0, 0] = float("inf")
+
+    edit_tensors(saved, spoil)
+    with pytest.raises(ValueError, match=r"2 weights could not be loaded") as error:
+        quantized(saved)
+    assert f"{KEY}: nf4.quantize: weight must be finite, got nan at index [3, 5]" in str(
+        error.value
+    )
+
+
+def test_8bit_is_left_to_bitsandbytes(in_place: None, tmp_path: Path) -> None:
+    saved = save_model("llama", tmp_path)
+    model = auto_class("llama").from_pretrained(
+        saved, quantization_config=BitsAndBytesConfig(load_in_8bit=True)
+    )
+    assert isinstance(model.model.layers[0].mlp.up_proj, bnb.nn.Linear8bitLt)
+
+
+def test_quantizing_to_disk_is_refused(tmp_path: Path) -> None:
+    saved = save_model("llama", tmp_path)
+    with pytest.raises(ValueError, match="device_map must not send modules to disk"):
+        load(
+            saved,
+            quantization_config=nf4.NF4Config(),
+            device_map={"model": "disk", "lm_head": "cpu"},
+            offload_folder=tmp_path / "offload",
+        )
