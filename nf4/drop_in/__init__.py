@@ -62,10 +62,10 @@ def install() -> None:
 
 
 def _take_quantizer(auto: ModuleType) -> None:
-    from nf4.integrations import transformers
+    from nf4.integrations.transformers import take_bitsandbytes
 
     if _active:
-        transformers.take_bitsandbytes()
+        take_bitsandbytes()
 
 
 def uninstall() -> None:
@@ -76,11 +76,11 @@ def uninstall() -> None:
     _active = False
     face.uninstall()
     if "transformers.quantizers.auto" in sys.modules:
-        from nf4.integrations import transformers
+        from nf4.integrations.transformers import give_back_bitsandbytes
 
         # Without bitsandbytes nf4 serves its configuration anyway.
         if importable("bitsandbytes"):
-            transformers.give_back_bitsandbytes()
+            give_back_bitsandbytes()
 
 
 install()

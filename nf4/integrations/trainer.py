@@ -26,7 +26,6 @@ OPTIMIZERS = {
     "adamw_8bit": "AdamW8bit",
     "adamw_bnb_8bit": "AdamW8bit",
     "paged_adamw_8bit": "PagedAdamW8bit",
-    "paged_adamw": "PagedAdamW32bit",
     "paged_adamw_32bit": "PagedAdamW32bit",
 }
 
