@@ -21,20 +21,15 @@ VOCAB_SIZE, WINDOW, BATCH = 2048, 128, 16
 PRETRAIN_STEPS, FINETUNE_STEPS = 300, 120
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("nf4 demo", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--output", type=Path, default=Path(OUTPUT), help="folder for the results")
     parser.add_argument("--fresh", action="store_true", help="delete earlier results first")
     parser.add_argument("--pretrain-steps", type=int, default=PRETRAIN_STEPS)
     parser.add_argument("--finetune-steps", type=int, default=FINETUNE_STEPS)
+    args = parser.parse_args(arguments)
+    import transformers
 
-
-def run(args: argparse.Namespace) -> int:
-    try:
-        import matplotlib  # noqa: F401
-        import rich  # noqa: F401
-        import transformers
-    except ImportError as error:
-        raise RuntimeError(f"{error}; the demo needs: pip install 'nf4[cli]'") from error
     transformers.logging.set_verbosity_error()
     transformers.set_seed(0)
     if args.fresh and args.output.exists():
@@ -83,12 +78,11 @@ def _train(
         data_collator=collator,
         optimizer_cls_and_kwargs=optimizer,
     )
-    resume = find_resume_checkpoint(output) if output.exists() else None
+    resume = find_resume_checkpoint(output)
     if resume is not None:
         print(f"Resuming from {resume}")
-    started, first = time.monotonic(), trainer.state.global_step
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    del first
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_state()
     elapsed = time.monotonic() - started
     return {"seconds": elapsed, "log": trainer.state.log_history}

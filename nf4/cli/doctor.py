@@ -38,11 +38,10 @@ PACKAGES = (
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("nf4 doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-
-
-def run(args: argparse.Namespace) -> int:
+    args = parser.parse_args(arguments)
     report = collect()
     failed = any(result != "ok" for result in report["self-test"].values())
     if args.json:

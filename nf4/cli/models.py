@@ -1,0 +1,119 @@
+"""Loading and saving whole models for the commands."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import nf4
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, adapter: bool = False) -> None:
+    """``--model`` and what goes with it."""
+    parser.add_argument("--model", required=True, help="folder of a checkpoint, or a hub name")
+    if adapter:
+        parser.add_argument("--adapter", help="folder of a LoRA adapter (PEFT's files)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the 16-bit parts")
+    add_format_arguments(parser)
+
+
+def add_format_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``NF4Config``."""
+    parser.add_argument("--format", choices=("nf4", "fp4", "dynamic8"), default="nf4")
+    parser.add_argument("--block-size", type=int, default=64)
+    parser.add_argument("--no-double-quant", action="store_true", help="float32 scales")
+
+
+def config_of(args: argparse.Namespace) -> nf4.NF4Config:
+    """The ``NF4Config`` that the options describe."""
+    return nf4.NF4Config(
+        block_size=args.block_size, double_quant=not args.no_double_quant, format=args.format
+    )
+
+
+def checkpoint_config(model: str) -> dict[str, Any]:
+    """``config.json`` of a checkpoint; FileNotFoundError if a folder has none."""
+    folder = Path(model)
+    if not folder.exists():  # a hub name: let the library fetch it
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(model).to_dict()
+    path = folder / "config.json" if folder.is_dir() else folder
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no config.json: not a model checkpoint")
+    return json.loads(path.read_text())
+
+
+def is_quantized(model: str) -> bool:
+    """Whether the checkpoint holds quantized weights already."""
+    return bool(checkpoint_config(model).get("quantization_config"))
+
+
+def load_model(model: str, dtype: str, quantization: nf4.NF4Config | None) -> Any:
+    """A causal LM in eval mode; ``quantization`` None loads the checkpoint as it is."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    checkpoint_config(model)  # a clear error for a folder that is no checkpoint
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    if quantization is not None and not is_quantized(model):
+        options["quantization_config"] = quantization
+    if torch.cuda.is_available():
+        options["device_map"] = "cuda"
+    return AutoModelForCausalLM.from_pretrained(model, **options).eval()
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of a checkpoint, with a padding token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def save_folder(target: str | Path, write: Callable[[Path], object]) -> None:
+    """Write a folder under a temporary name beside ``target``, then rename it.
+
+    The folder is whole or not there. FileExistsError if ``target`` has contents already.
+    """
+    target = Path(target)
+    if target.exists() and any(target.iterdir()):
+        raise FileExistsError(f"--output {target} has contents already; name another folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        write(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if target.exists():
+        target.rmdir()
+    temporary.rename(target)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' advice on every load; progress bars only on a terminal."""
+    import sys
+
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
