@@ -1,4 +1,4 @@
-"""``nf4 estimate``: what full fine-tuning, LoRA and QLoRA of a model take, from its config alone."""
+"""``nf4 estimate``: the memory of full fine-tuning, LoRA and QLoRA, from a config alone."""
 
 from __future__ import annotations
 
@@ -112,13 +112,15 @@ def _print(estimates: list[Estimate], args: argparse.Namespace) -> None:
     from rich.table import Table
 
     checkpointing = "off" if args.no_checkpointing else "on"
+    # A tiny model is shown in MiB, so that its digits can be seen.
+    unit, size = ("GiB", GIB) if estimates[0].total >= GIB else ("MiB", 2**20)
     title = (
-        f"{args.model}: GiB, batch {args.batch_size} x {args.length} tokens, "
+        f"{args.model}: {unit}, batch {args.batch_size} x {args.length} tokens, "
         f"checkpointing {checkpointing}"
     )
     table = Table("component", *METHODS, title=title)
     for name in (*COMPONENTS, "total"):
-        cells = [f"{getattr(e, name) / GIB:.3f}" for e in estimates]
+        cells = [f"{getattr(e, name) / size:.3f}" for e in estimates]
         table.add_row(name, *cells, end_section=name == COMPONENTS[-1])
     Console().print(table)
 

@@ -7,13 +7,14 @@ Takes every TrainingArguments option besides its own, on the command line or in 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import ProgressCallback
+from transformers import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 import nf4
@@ -60,16 +61,19 @@ class TrainingConfig(SFTConfig):
     logging_steps: float = 1
     save_steps: float = 50
     save_total_limit: int | None = 2
-    report_to: Any = "none"
-    use_cpu: bool = field(default_factory=lambda: not torch.cuda.is_available())
-    include_num_input_tokens_seen: Any = "all"
-    gradient_checkpointing_kwargs: Any = field(default_factory=lambda: {"use_reentrant": False})
+    report_to: str = "none"
+    use_cpu: bool = not torch.cuda.is_available()
+    include_num_input_tokens_seen: str = "all"
+    gradient_checkpointing_kwargs: dict | str | None = field(
+        default_factory=lambda: {"use_reentrant": False}
+    )
 
 
 def main(arguments: list[str]) -> int:
     arguments = ["--output_dir" if word == "--output" else word for word in arguments]
     parser = TrlParser([FinetuneArguments, TrainingConfig], prog="nf4 finetune")
-    own, training = parser.parse_args_and_config(arguments)
+    with quiet_transformers():
+        own, training = parser.parse_args_and_config(arguments)
     if not training.output_dir:
         raise ValueError("--output is needed: a folder for the adapter and its checkpoints")
     if own.preset not in PRESETS:
@@ -94,7 +98,8 @@ def _train(own: FinetuneArguments, training: TrainingConfig) -> int:
         peft_config=_peft_config(own, model),
         optimizer_cls_and_kwargs=_optimizer(training),
     )
-    trainer.remove_callback(ProgressCallback)
+    for other in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(other)
     trainer.add_callback(Status())
     trainable, total = count_parameters(trainer.model)
     print(f"Training {trainable:,} of {total:,} parameters ({100 * trainable / total:.3f} %)")
@@ -161,28 +166,45 @@ def _optimizer(training: TrainingConfig) -> Any:
 
 
 class Status(ProgressCallback):
-    """The progress bar with loss, tokens a second and memory beside it."""
+    """The progress bar with loss, tokens a second and memory beside it.
+
+    Where there is no terminal, a line for each log entry.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.started, self.first_tokens = time.monotonic(), 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
+        if sys.stderr.isatty():
+            super().on_train_begin(args, state, control, **kwargs)
         self.started, self.first_tokens = time.monotonic(), state.num_input_tokens_seen
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.training_bar is not None:
+            super().on_prediction_step(args, state, control, **kwargs)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not logs or self.training_bar is None:
+        if not state.is_world_process_zero or not logs:
             return
         elapsed = time.monotonic() - self.started
         speed = (state.num_input_tokens_seen - self.first_tokens) / max(elapsed, 1e-9)
         status = {"tokens/s": f"{speed:.0f}", "memory": f"{_memory() / 2**30:.2f} GiB"}
-        if "loss" in logs:
-            status = {"loss": f"{float(logs['loss']):.4f}", **status}
-        if self.training_bar.disable:
-            print(f"step {state.global_step}: {', '.join(f'{k} {v}' for k, v in status.items())}")
-        else:
+        losses = {k: f"{float(logs[k]):.4f}" for k in ("loss", "eval_loss") if k in logs}
+        status = {**losses, **status}
+        if self.training_bar is not None:
             self.training_bar.set_postfix(status)
+        elif losses:
+            shown = ", ".join(f"{name} {value}" for name, value in status.items())
+            print(f"step {state.global_step}/{state.max_steps}: {shown}", flush=True)
 
 
 def _memory() -> float:

@@ -6,6 +6,8 @@ import argparse
 import contextlib
 import json
 import shutil
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -105,15 +107,20 @@ def save_folder(target: str | Path, write: Callable[[Path], object]) -> None:
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Without transformers' advice on every load; progress bars only on a terminal."""
-    import sys
-
     from transformers.utils import logging
 
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+        with contextlib.suppress(ImportError):
+            from datasets import disable_progress_bars
+
+            disable_progress_bars()
     try:
-        yield
+        with warnings.catch_warnings():
+            # Renames to come in transformers 6, which the user of a command can do nothing about.
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         logging.set_verbosity(before)
