@@ -114,7 +114,7 @@ def _pretrain(output: Path, steps: int) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = LlamaForCausalLM(config)
+    model: Any = LlamaForCausalLM(config)
     _train(
         model,
         TextWindows(tokenizer, text, WINDOW),
@@ -144,7 +144,7 @@ def _load(base: Path, lora: Any = None, quantize: bool = True) -> tuple[Any, Any
     import nf4
 
     tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     if torch.cuda.is_available():
         model = model.to("cuda")
     if quantize:

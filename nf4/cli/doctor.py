@@ -89,10 +89,11 @@ def self_test(backend: str) -> str:
     seed = torch.tensor([1234], device=device)
 
     def compute(name: str) -> list[torch.Tensor]:
-        inputs = [t.clone().requires_grad_() for t in (x, lora_a, lora_b)]
+        inputs = tuple(t.clone().requires_grad_() for t in (x, lora_a, lora_b))
+        leaf_x, leaf_a, leaf_b = inputs
         with nf4.use_backend(name):
             q = nf4.quantize(weight)
-            y = nf4.linear_lora(inputs[0], q, *inputs[1:], 0.5, dropout_p=0.1, seed=seed)
+            y = nf4.linear_lora(leaf_x, q, leaf_a, leaf_b, 0.5, dropout_p=0.1, seed=seed)
             y.square().sum().backward()
             results = [q.packed, q.absmax, nf4.dequantize(q), nf4.linear(x, q), y.detach()]
         return results + [t.grad for t in inputs if t.grad is not None]

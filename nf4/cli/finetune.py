@@ -39,7 +39,7 @@ class FinetuneArguments:
         default="auto", metadata={"help": "LoRA settings by model size: " + ", ".join(PRESETS)}
     )
     lora_r: int | None = field(default=None, metadata={"help": "rank, in place of the preset's"})
-    lora_alpha: float | None = field(default=None, metadata={"help": "scaling numerator"})
+    lora_alpha: int | None = field(default=None, metadata={"help": "scaling numerator"})
     lora_dropout: float | None = field(default=None, metadata={"help": "of the adapter's input"})
     target_modules: list[str] | None = field(
         default=None, metadata={"help": "names of the layers to adapt, or all-linear"}
@@ -71,7 +71,8 @@ class TrainingConfig(SFTConfig):
 
 def main(arguments: list[str]) -> int:
     arguments = ["--output_dir" if word == "--output" else word for word in arguments]
-    parser = TrlParser([FinetuneArguments, TrainingConfig], prog="nf4 finetune")
+    kinds: Any = [FinetuneArguments, TrainingConfig]
+    parser = TrlParser(kinds, prog="nf4 finetune")
     with quiet_transformers():
         own, training = parser.parse_args_and_config(arguments)
     if not training.output_dir:
@@ -83,7 +84,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _train(own: FinetuneArguments, training: TrainingConfig) -> int:
-    resume = find_resume_checkpoint(training.output_dir)
+    output = Path(training.output_dir or "")
+    resume = find_resume_checkpoint(output)
     config = nf4.NF4Config(
         block_size=own.block_size, double_quant=own.double_quant, format=own.format
     )
@@ -101,13 +103,12 @@ def _train(own: FinetuneArguments, training: TrainingConfig) -> int:
     for other in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(other)
     trainer.add_callback(Status())
-    trainable, total = count_parameters(trainer.model)
+    trainable, total = count_parameters(model)  # PEFT put the adapters into it
     print(f"Training {trainable:,} of {total:,} parameters ({100 * trainable / total:.3f} %)")
     if resume is not None:
         print(f"Resuming from {resume}")
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
-    output = Path(training.output_dir)
     log = trainer.state.log_history
     (output / "log.json").write_text(json.dumps(log, indent=1))
     plot_losses(log, output / "loss.png")
@@ -138,7 +139,7 @@ def _peft_config(own: FinetuneArguments, model: Any) -> Any:
         targets = preset.target_modules if known else "all-linear"  # other names than Llama's
     return LoraConfig(
         r=own.lora_r or preset.r,
-        lora_alpha=own.lora_alpha or preset.lora_alpha,
+        lora_alpha=own.lora_alpha or int(preset.lora_alpha),
         lora_dropout=preset.lora_dropout if own.lora_dropout is None else own.lora_dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",
@@ -184,9 +185,11 @@ class Status(ProgressCallback):
         if self.training_bar is not None:
             super().on_step_end(args, state, control, **kwargs)
 
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
         if self.training_bar is not None:
-            super().on_prediction_step(args, state, control, **kwargs)
+            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.training_bar is not None:

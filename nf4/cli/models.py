@@ -63,6 +63,9 @@ def load_model(model: str, dtype: str, quantization: nf4.NF4Config | None) -> An
     import torch
     from transformers import AutoModelForCausalLM
 
+    from nf4.integrations.transformers import take_bitsandbytes
+
+    take_bitsandbytes()  # this process is nf4's: bitsandbytes' checkpoints too
     checkpoint_config(model)  # a clear error for a folder that is no checkpoint
     options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if quantization is not None and not is_quantized(model):

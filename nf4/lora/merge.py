@@ -56,6 +56,10 @@ def merge_and_unload(
                 fan_in_fan_out=layer.fan_in_fan_out,
             ).train(layer.training)
         model.set_submodule(name, new)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if into == "16bit" and quantizer is not None:
+        # A transformers model: quantized embeddings and experts too, and its config's entry.
+        quantizer.dequantize(model, dtype=dtype)
     return model
 
 

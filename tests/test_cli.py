@@ -1,0 +1,228 @@
+"""Every command through a real process, on a tiny checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nf4 import cli
+
+pytest.importorskip("transformers")
+pytest.importorskip("trl")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "nf4.cli", *map(str, words)]
+
+
+def run(*words: object, fails: bool = False, **env: str) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        command(*words),
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with its tokenizer (base/), texts and instruction pairs."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from nf4.cli.demo_corpus import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("cli")
+    text = " ".join(f"the quick brown fox number {i} jumps over lazy dogs." for i in range(300))
+    tokenizer = train_tokenizer(text, 400)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    (folder / "text.txt").write_text(text[:2000])
+    rows = [{"instruction": f"say {i}", "output": f"fox {i}"} for i in range(16)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def evaluate(model: Path, folder: Path, *more: object) -> list[dict[str, Any]]:
+    words = ("--data", folder / "text.txt", "--max-length", 64, "--max-windows", 4, "--json", *more)
+    return json.loads(run("eval", "--model", model, *words).stdout)
+
+
+@pytest.fixture(scope="module")
+def adapter(folder: Path) -> Path:
+    """An adapter trained for a few steps, which moved the model."""
+    output = folder / "adapter"
+    words = ("--output", output, "--max_steps", 4, "--save_steps", 2, "--learning_rate", 0.1)
+    done = run("finetune", "--model", folder / "base", "--data", folder / "pairs.jsonl", *words)
+    assert "adapter saved; loss" in done.stdout
+    assert "\r" not in done.stdout + done.stderr  # fit for a pipe
+    for name in ("adapter_model.safetensors", "adapter_config.json", "loss.png", "log.json"):
+        assert (output / name).stat().st_size > 0
+    return output
+
+
+def test_help_lists_every_command_and_each_has_its_own(capsys: pytest.CaptureFixture) -> None:
+    listed = run("--help").stdout
+    for name in ("quantize", "generate", "merge", "eval", "estimate", "doctor", "demo"):
+        assert name in listed
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        assert f"usage: nf4 {name}" in capsys.readouterr().out
+    assert cli.main(["--version"]) == 0 and "nf4 0." in capsys.readouterr().out
+    assert cli.main(["fly"]) == 2 and "no command 'fly'" in capsys.readouterr().err
+
+
+def test_quantize_streams_and_the_result_equals_quantizing_on_load(folder: Path) -> None:
+    done = run("quantize", "--model", folder / "base", "--output", folder / "nf4", "--json")
+    sizes = json.loads(done.stdout)
+    assert sizes["written"] < sizes["read"]
+    stored = evaluate(folder / "nf4", folder)
+    plain, on_load = evaluate(folder / "base", folder)
+    assert stored[0]["loss"] == on_load["loss"] != plain["loss"]
+    again = ("quantize", "--model", folder / "base", "--output", folder / "nf4")
+    assert "has contents already" in run(*again, fails=True).stderr
+    assert (
+        "is quantized already"
+        in run("quantize", "--model", folder / "nf4", "--output", folder / "x", fails=True).stderr
+    )
+
+
+def test_quantized_output_loads_in_bitsandbytes(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    run("quantize", "--model", folder / "base", "--output", tmp_path / "q")
+    script = (
+        "import torch, bitsandbytes as bnb; from transformers import AutoModelForCausalLM as A\n"
+        f"m = A.from_pretrained({str(tmp_path / 'q')!r})\n"
+        "layers = [x for x in m.modules() if isinstance(x, bnb.nn.Linear4bit)]\n"
+        "w = layers[0].weight; d = bnb.functional.dequantize_4bit(w.data, w.quant_state)\n"
+        "import nf4\n"
+        "q = nf4.QuantizedTensor(w.data, w.quant_state.absmax, w.quant_state.state2.absmax,\n"
+        "    w.quant_state.offset, w.quant_state.shape, torch.bfloat16, 64, 'nf4')\n"
+        "print(len(layers), torch.equal(d, nf4.dequantize(q)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split()[-2:] == ["14", "True"]
+
+
+def test_dynamic8_quantizes_and_evaluates(folder: Path, tmp_path: Path) -> None:
+    words = ("--output", tmp_path / "q8", "--format", "dynamic8")
+    run("quantize", "--model", folder / "base", *words)
+    plain, on_load = evaluate(folder / "base", folder, "--format", "dynamic8")
+    stored = evaluate(tmp_path / "q8", folder, "--format", "dynamic8")
+    assert stored[0]["loss"] == on_load["loss"]
+    assert abs(on_load["loss"] - plain["loss"]) < 0.02
+
+
+def test_generate_streams_one_prompt_and_batches_a_file(folder: Path, adapter: Path) -> None:
+    model = ("--model", folder / "base", "--adapter", adapter, "--max-new-tokens", 6)
+    assert run("generate", *model, "--prompt", "the quick").stdout.strip()
+    prompts = folder / "prompts.txt"
+    prompts.write_text("the quick\nlazy dogs and\nfox\n")
+    done = run("generate", *model, "--prompts", prompts, "--json", "--batch-size", 2)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["prompt"] for row in rows] == ["the quick", "lazy dogs and", "fox"]
+
+
+def test_merges_keep_what_the_adapter_learned(folder: Path, adapter: Path, tmp_path: Path) -> None:
+    base = ("--model", folder / "base", "--adapter", adapter)
+    _, quantized, adapted = evaluate(folder / "base", folder, "--adapter", adapter)
+    assert abs(adapted["loss"] - quantized["loss"]) > 0.05
+    run("merge", *base, "--output", tmp_path / "m16")
+    assert "quantization_config" not in json.loads((tmp_path / "m16/config.json").read_text())
+    run("merge", *base, "--output", tmp_path / "m4", "--into", "nf4")
+    for name in ("m16", "m4"):
+        (merged, *_) = evaluate(tmp_path / name, folder)
+        assert abs(merged["loss"] - adapted["loss"]) < 0.05, name
+    run("quantize", "--model", folder / "base", "--output", tmp_path / "q")
+    words = ("--model", tmp_path / "q", "--adapter", adapter, "--output", tmp_path / "m")
+    done = run("merge", *words, "--into", "nf4", fails=True)
+    assert "--base original needs 16-bit weights" in done.stderr
+
+
+def test_a_yaml_file_configures_finetune_and_the_command_line_wins(
+    folder: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model: {folder / 'base'}\ndata: {folder / 'text.txt'}\n"
+        f"output_dir: {tmp_path / 'run'}\nmax_steps: 5\nlora_r: 2\nlogging_steps: 1\n"
+    )
+    run("finetune", "--config", config, "--max_steps", 2)
+    log = json.loads((tmp_path / "run/log.json").read_text())
+    assert max(row["step"] for row in log) == 2
+    assert json.loads((tmp_path / "run/adapter_config.json").read_text())["r"] == 2
+
+
+def test_a_killed_finetune_resumes_from_its_last_checkpoint(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    words = ("--model", folder / "base", "--data", folder / "pairs.jsonl", "--output", output)
+    steps = ("--max_steps", 60, "--save_steps", 2)
+    process = subprocess.Popen(
+        command("finetune", *words, *steps), cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+    limit = time.monotonic() + 240
+    while not list(output.glob("checkpoint-*/trainer_state.json")):
+        assert time.monotonic() < limit and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (output / "adapter_model.safetensors").exists()
+    done = run("finetune", *words, "--max_steps", 62, "--save_steps", 20)
+    assert "Resuming from" in done.stdout
+    steps_seen = [row["step"] for row in json.loads((output / "log.json").read_text())]
+    assert max(steps_seen) == 62
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("eval", "--model", "/nowhere/x", "--data", "x.txt"), "nf4 eval:"),
+        (("estimate", "--model", "."), "holds no config.json"),
+        (("finetune", "--model", ".", "--data", "pairs", "--output", "o"), "nf4 finetune:"),
+    ],
+)
+def test_errors_are_one_line(words: tuple[str, ...], message: str) -> None:
+    lines = run(*words, fails=True).stderr.strip().splitlines()
+    assert message in lines[-1] and "--debug" in lines[-1]
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_bad_rows_are_named(folder: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "fine"}\n{"question": "?"}\n')
+    words = ("finetune", "--model", folder / "base", "--data", bad, "--output", tmp_path / "o")
+    assert "line 2: a row must have 'text'" in run(*words, fails=True).stderr
+
+
+def test_doctor_reports_every_backend() -> None:
+    report = json.loads(run("doctor", "--json").stdout)
+    assert set(report["backends"]) == {"cpu", "cuda", "triton", "reference"}
+    assert report["self-test"]["reference"] == "ok"
+    assert "backends" in run("doctor").stdout
