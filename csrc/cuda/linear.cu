@@ -1,0 +1,126 @@
+// The launchers of linear, linear_lora and their backward passes: choose kernels, cut workspace.
+#include "launch.cuh"
+#include "matmul.cuh"
+#include "vector.cuh"
+
+namespace nf4::cuda {
+namespace {
+
+constexpr size_t kAlign = 256;
+size_t rounded(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+
+size_t forward_workspace(const Matmul& p) {
+  return tile_forward_takes(p) ? tile_forward_workspace(p) : 0;
+}
+int forward(const Matmul& p, void* workspace, cudaStream_t stream) {
+  if (p.m == 0 || p.weight.n == 0) return 0;
+  return tile_forward_takes(p) ? tile_forward(p, workspace, stream) : general_forward(p, stream);
+}
+size_t backward_workspace(const Matmul& p) {
+  return tile_backward_takes(p) ? tile_backward_workspace(p) : 0;
+}
+int backward(const Matmul& p, void* workspace, cudaStream_t stream) {
+  if (p.m == 0 || p.weight.k == 0) return 0;
+  return tile_backward_takes(p) ? tile_backward(p, workspace, stream) : general_backward(p, stream);
+}
+
+bool valid(const nf4_weight& w) { return valid_layout(w.block_size, w.format); }
+
+// da and db; `ds` carries the scaling already.
+Outer gradient_a(const void* x, const float* ds, const nf4_weight& w, const nf4_lora& lora,
+                 void* da, int64_t m, int dtype) {
+  const auto r = static_cast<int>(lora.r);
+  return {x, dtype, ds, da, lora.dtype, false, m, w.k, r, 1.0f,
+          dropout_of(lora.dropout_p, lora.seed)};
+}
+Outer gradient_b(const void* grad_y, const float* s, const nf4_weight& w, const nf4_lora& lora,
+                 void* db, int64_t m, int dtype) {
+  const auto r = static_cast<int>(lora.r);
+  return {grad_y, dtype, s, db, lora.dtype, true, m, w.n, r, static_cast<float>(lora.scaling),
+          dropout_of(0.0, nullptr)};
+}
+
+}  // namespace
+}  // namespace nf4::cuda
+
+using namespace nf4::cuda;
+
+extern "C" size_t nf4_cuda_linear_workspace(const nf4_weight* weight, int64_t m, int dtype) {
+  return forward_workspace({nullptr, *weight, nullptr, nullptr, m, dtype, {}});
+}
+
+extern "C" int nf4_cuda_linear(const void* x, const nf4_weight* weight, const void* bias, void* y,
+                               int64_t m, int dtype, void* workspace, cudaStream_t stream) {
+  if (!valid(*weight)) return cudaErrorInvalidValue;
+  return forward({x, *weight, bias, y, m, dtype, {}}, workspace, stream);
+}
+
+extern "C" size_t nf4_cuda_linear_backward_workspace(const nf4_weight* weight, int64_t m,
+                                                     int dtype) {
+  return backward_workspace({nullptr, *weight, nullptr, nullptr, m, dtype, {}});
+}
+
+extern "C" int nf4_cuda_linear_backward(const void* grad_y, const nf4_weight* weight, void* dx,
+                                        int64_t m, int dtype, void* workspace,
+                                        cudaStream_t stream) {
+  if (!valid(*weight)) return cudaErrorInvalidValue;
+  return backward({grad_y, *weight, nullptr, dx, m, dtype, {}}, workspace, stream);
+}
+
+extern "C" size_t nf4_cuda_linear_lora_workspace(const nf4_weight* weight, const nf4_lora*,
+                                                 int64_t m, int dtype) {
+  return nf4_cuda_linear_workspace(weight, m, dtype);
+}
+
+extern "C" int nf4_cuda_linear_lora(const void* x, const nf4_weight* weight, const void* bias,
+                                    const nf4_lora* lora, void* y, float* s, int64_t m, int dtype,
+                                    void* workspace, cudaStream_t stream) {
+  if (!valid(*weight)) return cudaErrorInvalidValue;
+  const auto r = static_cast<int>(lora->r);
+  int status = lora_down({x, dtype, lora->a, lora->dtype, false, s, m, weight->k, r, 1.0f,
+                          dropout_of(lora->dropout_p, lora->seed)},
+                         stream);
+  if (status != 0) return status;
+  const Up up{s, lora->b, lora->dtype, r, static_cast<float>(lora->scaling),
+              dropout_of(0.0, nullptr)};
+  return forward({x, *weight, bias, y, m, dtype, up}, workspace, stream);
+}
+
+// [ds | what the larger of the three kernels needs]
+extern "C" size_t nf4_cuda_linear_lora_backward_workspace(const nf4_weight* weight,
+                                                          const nf4_lora* lora, int64_t m,
+                                                          int dtype) {
+  size_t rest = nf4_cuda_linear_backward_workspace(weight, m, dtype);
+  for (const Outer& outer : {gradient_a(nullptr, nullptr, *weight, *lora, nullptr, m, dtype),
+                             gradient_b(nullptr, nullptr, *weight, *lora, nullptr, m, dtype)}) {
+    const size_t bytes = lora_outer_workspace(outer);
+    rest = bytes > rest ? bytes : rest;
+  }
+  return rounded(m * lora->r * sizeof(float)) + rest;
+}
+
+extern "C" int nf4_cuda_linear_lora_backward(const void* grad_y, const void* x, const float* s,
+                                             const nf4_weight* weight, const nf4_lora* lora,
+                                             void* dx, void* da, void* db, int64_t m, int dtype,
+                                             void* workspace, cudaStream_t stream) {
+  if (!valid(*weight)) return cudaErrorInvalidValue;
+  if (dx == nullptr && da == nullptr) return 0;
+  const auto r = static_cast<int>(lora->r);
+  const auto scaling = static_cast<float>(lora->scaling);
+  auto* ds = static_cast<float*>(workspace);
+  void* rest = static_cast<unsigned char*>(workspace) + rounded(m * lora->r * sizeof(float));
+  int status = lora_down({grad_y, dtype, lora->b, lora->dtype, true, ds, m, weight->n, r, scaling,
+                          dropout_of(0.0, nullptr)},
+                         stream);
+  if (status == 0 && dx != nullptr) {
+    const Up up{ds, lora->a, lora->dtype, r, 1.0f, dropout_of(lora->dropout_p, lora->seed)};
+    status = backward({grad_y, *weight, nullptr, dx, m, dtype, up}, rest, stream);
+  }
+  if (status == 0 && da != nullptr) {
+    status = lora_outer(gradient_a(x, ds, *weight, *lora, da, m, dtype), rest, stream);
+    if (status == 0) {
+      status = lora_outer(gradient_b(grad_y, s, *weight, *lora, db, m, dtype), rest, stream);
+    }
+  }
+  return status;
+}
