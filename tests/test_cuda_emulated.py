@@ -21,7 +21,7 @@ sys.path.insert(0, str(HERE))
 
 from cuda_on_cpu import build  # noqa: E402
 
-OPS = ("quantize", "dequantize", "double_quantize")
+OPS = ("quantize", "dequantize", "double_quantize", "linear", "linear_lora", "cuda_tiles")
 REASON = build.missing()
 needs_emulation = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 

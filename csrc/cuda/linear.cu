@@ -30,13 +30,22 @@ bool valid(const nf4_weight& w) { return valid_layout(w.block_size, w.format); }
 Outer gradient_a(const void* x, const float* ds, const nf4_weight& w, const nf4_lora& lora,
                  void* da, int64_t m, int dtype) {
   const auto r = static_cast<int>(lora.r);
-  return {x, dtype, ds, da, lora.dtype, false, m, w.k, r, 1.0f,
-          dropout_of(lora.dropout_p, lora.seed)};
+  return {
+      x, dtype, ds, da, lora.dtype, false, m, w.k, r, 1.0f, dropout_of(lora.dropout_p, lora.seed)};
 }
 Outer gradient_b(const void* grad_y, const float* s, const nf4_weight& w, const nf4_lora& lora,
                  void* db, int64_t m, int dtype) {
   const auto r = static_cast<int>(lora.r);
-  return {grad_y, dtype, s, db, lora.dtype, true, m, w.n, r, static_cast<float>(lora.scaling),
+  return {grad_y,
+          dtype,
+          s,
+          db,
+          lora.dtype,
+          true,
+          m,
+          w.n,
+          r,
+          static_cast<float>(lora.scaling),
           dropout_of(0.0, nullptr)};
 }
 
@@ -81,8 +90,8 @@ extern "C" int nf4_cuda_linear_lora(const void* x, const nf4_weight* weight, con
                           dropout_of(lora->dropout_p, lora->seed)},
                          stream);
   if (status != 0) return status;
-  const Up up{s, lora->b, lora->dtype, r, static_cast<float>(lora->scaling),
-              dropout_of(0.0, nullptr)};
+  const Up up{
+      s, lora->b, lora->dtype, r, static_cast<float>(lora->scaling), dropout_of(0.0, nullptr)};
   return forward({x, *weight, bias, y, m, dtype, up}, workspace, stream);
 }
 

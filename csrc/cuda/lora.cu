@@ -11,8 +11,8 @@ namespace {
 
 // Eight elements from `i`, zero from `end` on.
 template <typename T>
-__device__ __forceinline__ void load8_padded(
-    const T* p, int64_t i, int64_t end, bool aligned, float (&v)[8]) {
+__device__ __forceinline__ void load8_padded(const T* p, int64_t i, int64_t end, bool aligned,
+                                             float (&v)[8]) {
   if (aligned && i + 8 <= end) {
     load8(p + i, v);
     return;
@@ -190,7 +190,8 @@ __global__ void __launch_bounds__(256)
 
 int64_t outer_chunks(const Outer& p) {
   // Enough blocks for two waves, chunks of at least 64 tokens.
-  const int64_t columns = (p.c + kOuterThreads * kOuterColumns - 1) / (kOuterThreads * kOuterColumns);
+  const int64_t columns =
+      (p.c + kOuterThreads * kOuterColumns - 1) / (kOuterThreads * kOuterColumns);
   const int64_t wanted = (4 * device().multiprocessors + columns - 1) / columns;
   return std::max<int64_t>(1, std::min(wanted, (p.m + 63) / 64));
 }
@@ -207,8 +208,8 @@ int lora_down(const Down& p, cudaStream_t stream) {
     return with_dtype(p.right_dtype, [&](auto right) {
       using R = decltype(right);
       return launch(down_kernel<T, R>, grid, dim3(32 * kDownWarps), kShared, stream,
-                    static_cast<const T*>(p.in), static_cast<const R*>(p.right),
-                    p.right_transposed, p.out, p.m, p.c, p.r, p.scaling, p.dropout, aligned);
+                    static_cast<const T*>(p.in), static_cast<const R*>(p.right), p.right_transposed,
+                    p.out, p.m, p.c, p.r, p.scaling, p.dropout, aligned);
     });
   });
 }

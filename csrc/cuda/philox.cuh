@@ -44,18 +44,21 @@ __device__ __forceinline__ float multiplier(const Dropout& d, uint32_t word) {
   return word >= d.threshold && !d.drop_all ? d.keep_scale : 0.0f;
 }
 
-// Multipliers of elements [first, first + 4); `seed` is the value that d.seed points to.
-__device__ __forceinline__ void dropout4(const Dropout& d,
-                                         int64_t seed,
-                                         int64_t first,
-                                         float (&m)[4]) {
+// Multipliers of elements [first, first + 4) where first is a multiple of 4; `seed` is the value
+// that d.seed points to.
+__device__ __forceinline__ void dropout4_aligned(const Dropout& d, int64_t seed, int64_t first,
+                                                 float (&m)[4]) {
   const uint4 w = philox(seed, first >> 2);
+  m[0] = multiplier(d, w.x), m[1] = multiplier(d, w.y);
+  m[2] = multiplier(d, w.z), m[3] = multiplier(d, w.w);
+}
+
+// The same for any first element.
+__device__ __forceinline__ void dropout4(const Dropout& d, int64_t seed, int64_t first,
+                                         float (&m)[4]) {
   const int shift = static_cast<int>(first & 3);
-  if (shift == 0) {
-    m[0] = multiplier(d, w.x), m[1] = multiplier(d, w.y);
-    m[2] = multiplier(d, w.z), m[3] = multiplier(d, w.w);
-    return;
-  }
+  if (shift == 0) return dropout4_aligned(d, seed, first, m);
+  const uint4 w = philox(seed, first >> 2);
   const uint4 v = philox(seed, (first >> 2) + 1);
   const uint32_t words[8] = {w.x, w.y, w.z, w.w, v.x, v.y, v.z, v.w};
 #pragma unroll

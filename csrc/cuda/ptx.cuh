@@ -28,6 +28,18 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 }
 #endif
 
+// lop3: (value & mask) | bits in one instruction, which the compiler otherwise splits in two where
+// it finds the first half useful elsewhere.
+__device__ __forceinline__ uint32_t and_or(uint32_t value, uint32_t mask, uint32_t bits) {
+#if defined(NF4_EMULATE)
+  return (value & mask) | bits;
+#else
+  uint32_t out;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;\n" : "=r"(out) : "r"(value), "r"(mask), "r"(bits));
+  return out;
+#endif
+}
+
 // cp.async: starts a copy of 16 bytes from global to shared memory, of which `valid` (0 to 16) are
 // read and the rest become zero. Both addresses are multiples of 16. The data is there after
 // cp_async_wait by the same thread, and for other threads after a barrier on top of that.

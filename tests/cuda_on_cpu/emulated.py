@@ -56,7 +56,11 @@ class Library:
         self._c = ctypes.CDLL(str(path))
         self._c.nf4_emulation_reports.restype = ctypes.c_char_p
         self._race = mode == "race"
-        self.configure(seed=random.randrange(8), multiprocessors=3, compute_capability=90)
+        # "<multiprocessors>:<compute capability>" of the device that launchers see.
+        device = os.environ.get("NF4_EMULATED_DEVICE", "3:90").split(":")
+        seed = int(os.environ.get("NF4_EMULATED_SEED", random.randrange(8)))
+        print(f"CUDA emulation: {mode}, schedule seed {seed}, device {device}")
+        self.configure(seed, int(device[0]), int(device[1]))
 
     def configure(self, seed: int, multiprocessors: int, compute_capability: int) -> None:
         """Seed of the thread schedule (0: round robin, odd: warp-greedy) and the fake device."""

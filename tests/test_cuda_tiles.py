@@ -1,0 +1,99 @@
+"""Shapes that reach every tile of the CUDA matmul kernels, beyond the shapes all backends share.
+
+Run by test_cuda_emulated.py on a CPU and directly on a GPU: several tiles in each direction, more
+and fewer tiles than CTAs, ragged tokens and features, each kernel that a number of tokens picks.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import Lora, Matmul, op
+from numerics import assert_accurate
+from test_linear_lora import Bound, Inputs
+
+import nf4
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+SHAPES = [
+    Matmul((1,), 392, 576, nested=True, bias=True),
+    Matmul((7,), 137, 320, block_size=128),
+    Matmul((13,), 264, 704, nested=True),
+    Matmul((29,), 136, 448, block_size=4096, nested=True),
+    Matmul((52,), 264, 320, format="fp4", bias=True),
+    Matmul((131,), 144, 256, nested=True, bias=True),
+    Matmul((270,), 392, 128, nested=True),
+    Matmul((140,), 33, 640),
+]
+
+
+@pytest.fixture(autouse=True)
+def _cuda() -> None:
+    status = nf4.available_backends()["cuda"]
+    if not status:
+        pytest.skip(f"backend cuda: {status.reason}")
+
+
+@pytest.fixture
+def cuda_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_cuda_linear(case: Matmul, dtype: torch.dtype, cuda_device: torch.device) -> None:
+    weight, dense = case.weight(cuda_device)
+    x = torch.randn(case.m, case.k, dtype=dtype, device=cuda_device)
+    bias = torch.randn(case.n, dtype=dtype, device=cuda_device) if case.bias else None
+    grad_y = torch.randn(case.m, case.n, dtype=dtype, device=cuda_device)
+    layout = (case.block_size, case.format_id)
+    with nf4.use_backend("cuda"):
+        y = op("linear")(x, *weight, bias, case.n, *layout)
+        dx = op("linear_backward")(grad_y, *weight, case.k, *layout)
+    wide = None if bias is None else bias.double()
+    assert_accurate(
+        "y",
+        y,
+        baseline=F.linear(x, dense.to(dtype), bias),
+        exact=F.linear(x.double(), dense.double(), wide),
+        energy=F.linear(
+            x.double().square(), dense.double().square(), None if wide is None else wide.square()
+        ),
+        dtype=dtype,
+        terms=case.k,
+        samples=case.n * min(case.m, case.k),
+    )
+    assert_accurate(
+        "dx",
+        dx,
+        baseline=grad_y @ dense.to(dtype),
+        exact=grad_y.double() @ dense.double(),
+        energy=grad_y.double().square() @ dense.double().square(),
+        dtype=dtype,
+        terms=case.n,
+        samples=case.k * min(case.m, case.n),
+    )
+
+
+LORAS = [
+    Lora(Matmul((3,), 136, 320, nested=True, bias=True), BF16, 16, F32, 0.1),
+    Lora(Matmul((40,), 264, 192, nested=True), F16, 24, None, 0.5),
+    Lora(Matmul((150,), 136, 320, bias=True), BF16, 7, None, 0.0),
+    Lora(Matmul((130,), 64, 576, nested=True), BF16, 64, F32, 0.05),
+]
+
+
+@pytest.mark.parametrize("case", LORAS, ids=str)
+def test_cuda_linear_lora(case: Lora, cuda_device: torch.device) -> None:
+    i = Inputs.random(case, cuda_device)
+    m, n, k, r = case.base.m, case.base.n, case.base.k, case.r
+    bound = Bound(i)
+    with nf4.use_backend("cuda"):
+        y, s = i.forward()
+        dx, da, db = i.backward(bound.exact.s.float())
+    bound.check("s", s, samples=r * min(m, k), terms=k)
+    bound.check("y", y, samples=min(m * r, n * min(m, k)), terms=k)
+    bound.check("dx", dx, samples=min(m * r, k * min(m, n)), terms=n)
+    bound.check("da", da, samples=r * min(m, k), terms=max(m, n))
+    bound.check("db", db, samples=r * min(m, n), terms=max(m, k))
