@@ -100,7 +100,9 @@ def self_test(backend: str) -> str:
 
     try:
         for got, want in zip(compute(backend), compute("reference"), strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+            error = (got.double() - want.double()).norm() / want.double().norm()
+            if not error <= 1e-5:  # float32 throughout; also false for NaN
+                return f"a result is off by {error:.1e} of its norm"
     except Exception as error:  # a report, not a crash, is what the user asked for
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     return "ok"
