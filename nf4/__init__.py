@@ -1,5 +1,6 @@
 """NF4 quantization kernels for QLoRA, in place of bitsandbytes."""
 
+from nf4 import optim
 from nf4.backends import available_backends, use_backend
 from nf4.config import NF4Config
 from nf4.functional import dequantize, linear, linear_lora, linear_lora_group, quantize
@@ -41,6 +42,7 @@ __all__ = [
     "linear_lora_group",
     "load_adapter",
     "merge_and_unload",
+    "optim",
     "prepare_for_qlora",
     "prepare_model",
     "print_trainable_parameters",
