@@ -27,6 +27,7 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 CPU_SOURCES: dict[str, list[str]] = {
     "csrc/torch/bindings_cpu.cpp": [],
+    "csrc/torch/bindings_optimizer.cpp": [],
     "csrc/cpu/dispatch.cpp": [],
     "csrc/cpu/isa_portable.cpp": [],
 }
@@ -99,7 +100,7 @@ def cpu_library() -> Library | None:
         "nf4._C",
         {src: [*compiler.split(), *flags, *isa] for src, isa in CPU_SOURCES.items()},
         link,
-        ["csrc/cpu/*", "csrc/include/nf4/*"],
+        ["csrc/cpu/*", "csrc/torch/*.h", "csrc/include/nf4/*"],
     )
 
 

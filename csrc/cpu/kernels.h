@@ -47,6 +47,24 @@ struct LoraGradients {
   void* db;  // [n, rank] in b's dtype
 };
 
+// The scalars of an AdamW step, in the order of the op's tensor: see nf4/optim/adamw.py.
+struct AdamWScalars {
+  float beta1, gain1, beta2, gain2, inverse_c2, eps, decay, step_size;
+};
+
+struct AdamWParam {
+  void* param;  // [numel] of dtype
+  DType dtype;
+  Matrix grad;          // [numel]
+  void* state1;         // [numel] uint8 codes, or float32 when absmax1 is null
+  void* state2;         // the same
+  float* absmax1;       // [ceil(numel / 256)] or null
+  float* absmax2;       // the same
+  int64_t numel;        //
+  int64_t offset;       // of its first random word
+  int64_t first_block;  // blocks of 256 elements in the parameters before it
+};
+
 struct KernelTable {
   const char* name;
 
@@ -86,6 +104,12 @@ struct KernelTable {
                                const Weight& weight,  // [n, k]
                                const Lora& lora, int64_t m, int64_t n, int64_t k,
                                const LoraGradients& out);
+  // Adds the number of blocks with non-finite moments, which are left as they were, to *skipped.
+  void (*adamw_step)(const AdamWParam* params,  // [count]
+                     int64_t count,             //
+                     const AdamWScalars& scalars,
+                     const uint64_t* seed,  // of stochastic rounding; null for none
+                     int64_t* skipped);
 };
 
 // The kernels of the best instruction set that this machine has, at most the one named by

@@ -27,6 +27,10 @@ inline F add(F a, F b) { return a + b; }
 inline F sub(F a, F b) { return a - b; }
 inline F mul(F a, F b) { return a * b; }
 inline F div(F a, F b) { return a / b; }
+inline F sqrt(F v) {
+  for (int i = 0; i < kWidth; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+}
 // a * b + c; only for sums whose rounding is free, since it may or may not fuse.
 inline F fma(F a, F b, F c) {
 #if defined(__aarch64__)

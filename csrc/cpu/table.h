@@ -2,6 +2,7 @@
 #pragma once
 
 #include "linear_lora.h"
+#include "optimizer.h"
 #include "quantize.h"
 
 namespace nf4::cpu {
@@ -9,7 +10,8 @@ namespace {
 
 constexpr KernelTable make_table(const char* name) {
   return {name,   quantize,        double_quantize, dequantize,
-          linear, linear_backward, linear_lora,     linear_lora_backward};
+          linear, linear_backward, linear_lora,     linear_lora_backward,
+          adamw_step};
 }
 
 }  // namespace

@@ -9,12 +9,11 @@
 #include <atomic>
 #include <cmath>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <tuple>
 #include <vector>
 
 #include "../cpu/kernels.h"
+#include "checks.h"
 #include "nf4/codes.h"
 
 namespace {
@@ -29,55 +28,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
 
-template <class... Args>
-void check(bool condition, const char* op, const Args&... message) {
-  if (condition) return;
-  std::ostringstream text;
-  text << "nf4." << op << ": ";
-  (text << ... << message);
-  throw std::runtime_error(text.str());
-}
-
-const char* name_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Byte:
-      return "uint8";
-    case ScalarType::Long:
-      return "int64";
-    default:
-      return "another dtype";
-  }
-}
-
-DType dtype_of(const char* op, const char* name, ScalarType dtype) {
-  check(dtype != ScalarType::Double, op, name,
-        " must be float32, float16 or bfloat16 on the cpu backend, got float64; "
-        "nf4.use_backend(\"reference\") computes in float64");
-  check(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-        op, name, " must be float32, float16 or bfloat16, got ", name_of(dtype));
-  return dtype == ScalarType::Float  ? DType::kFloat32
-         : dtype == ScalarType::Half ? DType::kFloat16
-                                     : DType::kBFloat16;
-}
-
 Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
-
-std::string shape_of(const Tensor& t) {
-  std::ostringstream text;
-  text << '[';
-  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
-  text << ']';
-  return text.str();
 }
 
 // A contiguous dense matrix whose memory stays alive as long as this does.
