@@ -7,6 +7,9 @@ import random
 import zlib
 from collections.abc import Iterator
 
+# Deterministic cuBLAS, which torch.use_deterministic_algorithms asks for.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import pytest
 import torch
 
@@ -52,6 +55,12 @@ def device(backend: str) -> torch.device:
     kinds = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
     module = _BY_NAME[backend]
     return next(torch.device(k) for k in kinds if module.unsupported(torch.device(k)) is None)
+
+
+@pytest.fixture
+def device_of_choice() -> torch.device:
+    """For tests of no particular backend: a GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture

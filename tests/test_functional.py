@@ -324,12 +324,6 @@ class TestCompile:
         assert len(calls) == by_default + 1
 
 
-@pytest.fixture
-def device_of_choice() -> torch.device:
-    """A GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 class TestQuantize:
     @pytest.mark.parametrize("format", ["nf4", "fp4", "dynamic8"])
     @pytest.mark.parametrize("double_quant", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def test_ops_and_formats_stand_alone(path: Path) -> None:
         return
     for module, lazy, line in imports_of(path):
         head = module.split(".")[0]
-        standard = head in {"__future__", "math", "collections", "dataclasses", "functools"}
+        standard = head in sys.stdlib_module_names
         assert standard or head in allowed[own] or lazy, f"{own}:{line}: imports {module}"
 
 
@@ -129,7 +130,7 @@ def test_kernels_are_linked_and_no_package() -> None:
 def test_kernels_import_no_torch(path: Path) -> None:
     for module, _, line in imports_of(path):
         head = module.split(".")[0]
-        assert head in {"__future__", "triton"} or module.startswith("nf4.kernels"), (
+        assert head in {"triton", *sys.stdlib_module_names} or module.startswith("nf4.kernels"), (
             f"kernels/{path.name}:{line}: imports {module}"
         )
 

@@ -66,11 +66,10 @@ def test_opcheck(name: str, nested: bool, backend: str, device: torch.device) ->
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_opcheck_of_the_public_op(name: str) -> None:
+def test_opcheck_of_the_public_op(name: str, device_of_choice: torch.device) -> None:
     """``nf4::<op>`` on whatever this machine picks."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     overload = getattr(torch.ops.nf4, name).default
-    torch.library.opcheck(overload, arguments(name, device), test_utils=CHECKS)
+    torch.library.opcheck(overload, arguments(name, device_of_choice), test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -111,6 +110,13 @@ def test_outputs_share_no_memory(name: str, backend: str, device: torch.device) 
         assert out.untyped_storage().data_ptr() not in inside
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8], ids=str)
+def test_outputs_start_poisoned(dtype: torch.dtype, device_of_choice: torch.device) -> None:
+    """What makes a missed store visible in every other test."""
+    empty = torch.empty(1000, dtype=dtype, device=device_of_choice)
+    assert (empty == 255).all() if dtype is torch.uint8 else empty.isnan().all()
+
+
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_every_namespace_has_one_schema(name: str) -> None:
     schemas = {
@@ -120,11 +126,10 @@ def test_every_namespace_has_one_schema(name: str) -> None:
     assert len(schemas) == 1
 
 
-def test_public_op_equals_the_chosen_backend() -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = getattr(torch.ops, f"nf4_{nf4.backends.backend_for(device)}")
+def test_public_op_equals_the_chosen_backend(device_of_choice: torch.device) -> None:
+    chosen = getattr(torch.ops, f"nf4_{nf4.backends.backend_for(device_of_choice)}")
     for name in OPS:
-        args = arguments(name, device)
+        args = arguments(name, device_of_choice)
         ours, theirs = getattr(torch.ops.nf4, name)(*args), getattr(chosen, name)(*args)
         for a, b in zip(outputs(ours), outputs(theirs), strict=True):
             assert torch.equal(a, b)
