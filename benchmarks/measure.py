@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks import ops, optimizers, timing
 from benchmarks.results import Measurement
 from benchmarks.timing import Samples
-from benchmarks.workload import Bench, Case, Contender, Layer, Workload
+from benchmarks.workload import Bench, Case, Contender, Layer, Probe, Workload
 
 OPS: dict[str, Callable[[Case, Layer, Bench], Workload]] = {
     "quantize": ops.quantize,
@@ -187,15 +187,14 @@ def run_case(
     if bench.device.type == "cuda" and workload.nbytes:
         limit = _cuda_limit(workload, bench)
     rows = []
-    if workload.probes:
-        times = {
-            p.name: samples[f"limit:{p.name}"].quantile(0.5) * p.scale for p in workload.probes
-        }
+    fastest = {p.name: _fastest(p, samples) for p in workload.probes}
+    times = {p.name: fastest[p.name].quantile(0.5) * p.scale for p in workload.probes}
+    if times:
         name = max(times, key=lambda key: times[key])
         limit = (name, times[name])
-    for probe in workload.probes:
-        key = f"limit:{probe.name}"
-        rows.append(_measurement(workload, key, samples[key], probe.scale, limit, None))
+    for p in workload.probes:
+        row = _measurement(workload, f"limit:{p.name}", fastest[p.name], p.scale, limit, None)
+        rows.append(row)
     for c in timed:
         rows.append(
             _measurement(workload, c.name, samples[c.name], 1.0, limit, verdicts[c.name].error)
@@ -211,5 +210,14 @@ def _time(
 ) -> dict[str, Samples]:
     if bench.device.type == "cuda":
         return timing.interleave_cuda({c.name: (c.calls, c.capturable) for c in timed}, rounds)
-    calls = {f"limit:{p.name}": p.calls for p in workload.probes}
-    return timing.interleave(calls | {c.name: c.calls for c in timed}, rounds, budget)
+    probes = {_key(p, i): v for p in workload.probes for i, v in enumerate(p.variants)}
+    return timing.interleave(probes | {c.name: c.calls for c in timed}, rounds, budget)
+
+
+def _key(probe: Probe, variant: int) -> str:
+    return f"limit:{probe.name}:{variant}"
+
+
+def _fastest(probe: Probe, samples: Mapping[str, Samples]) -> Samples:
+    found = [samples[_key(probe, i)] for i in range(len(probe.variants))]
+    return min(found, key=lambda s: s.quantile(0.5))

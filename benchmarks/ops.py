@@ -57,8 +57,8 @@ def _memory_probe(bench: Bench, case: Case, layer: Layer, total: float) -> list[
     """Reading the packed weights, scaled to all bytes of the op."""
     if not isinstance(bench.peaks, CpuPeaks):
         return []
-    calls = [bench.peaks.read(q.packed) for q in layer.qs]
-    return [Probe("read", calls, total / layer.q.packed.nbytes)]
+    variants = list(zip(*(bench.peaks.read(q.packed) for q in layer.qs), strict=True))
+    return [Probe("read", variants, total / layer.q.packed.nbytes)]
 
 
 def _compute_probe(bench: Bench, case: Case, flops: float) -> list[Probe]:
@@ -66,9 +66,9 @@ def _compute_probe(bench: Bench, case: Case, flops: float) -> list[Probe]:
         return []
     if case.dtype is not torch.float32 and bench.peaks.has_dot_bf16:
         amount, call = bench.peaks.dot_burst()
-        return [Probe("dot_bf16", [call], flops / amount)]
+        return [Probe("dot_bf16", [[call]], flops / amount)]
     amount, call = bench.peaks.fma_burst()
-    return [Probe("fma_f32", [call], flops / amount)]
+    return [Probe("fma_f32", [[call]], flops / amount)]
 
 
 def quantize(case: Case, layer: Layer, bench: Bench) -> Workload:
@@ -79,8 +79,8 @@ def quantize(case: Case, layer: Layer, bench: Bench) -> Workload:
     probes = []
     if isinstance(bench.peaks, CpuPeaks):
         target = torch.empty_like(layer.q.packed)
-        calls = [bench.peaks.mix(w, target) for w in weights]
-        probes = [Probe("mix", calls, nbytes / (layer.source.nbytes + target.nbytes))]
+        variants = list(zip(*(bench.peaks.mix(w, target) for w in weights), strict=True))
+        probes = [Probe("mix", variants, nbytes / (layer.source.nbytes + target.nbytes))]
 
     def make(i: int) -> Callable[[], object]:
         return lambda: _quantized_tensors(nf4.quantize(weights[i], BLOCK_SIZE))
@@ -126,10 +126,11 @@ def dequantize(case: Case, layer: Layer, bench: Bench) -> Workload:
     nbytes = layer.q.nbytes + out_bytes
     probes = []
     if isinstance(bench.peaks, CpuPeaks):
-        calls = [
+        streams = (
             bench.peaks.mix(qs[i % len(qs)].packed, outs[i % len(outs)]) for i in range(len(qs))
-        ]
-        probes = [Probe("mix", calls, nbytes / (layer.q.packed.nbytes + out_bytes))]
+        )
+        variants = list(zip(*streams, strict=True))
+        probes = [Probe("mix", variants, nbytes / (layer.q.packed.nbytes + out_bytes))]
 
     def make(i: int) -> Callable[[], object]:
         return lambda: nf4.dequantize(qs[i], out=outs[i % len(outs)])

@@ -70,7 +70,7 @@ def adamw8bit(case: Case, layer: Layer, bench: Bench) -> Workload:
     if isinstance(bench.peaks, CpuPeaks):
         reads = torch.ones(round(_READ_BYTES * size), dtype=torch.uint8)
         writes = torch.ones(round(_WRITTEN_BYTES * size), dtype=torch.uint8)
-        probes = [Probe("mix", [bench.peaks.mix(reads, writes)], float(count))]
+        probes = [Probe("mix", [[v] for v in bench.peaks.mix(reads, writes)], float(count))]
     return Workload(
         case,
         contenders,

@@ -24,7 +24,7 @@ from benchmarks.timing import median_seconds
 
 SOURCE = Path(__file__).with_name("peaks.cpp")
 # Large against any last-level cache, small enough to measure in a second.
-STREAM_BYTES = 192 << 20
+STREAM_BYTES = 256 << 20
 _BURST_STEPS = 1_000_000
 
 
@@ -74,9 +74,14 @@ class Rate:
 class CpuPeaks:
     """The limits of this CPU at one thread count; ``vector_bytes`` caps the vector width.
 
-    The read and mix streams take the fastest of a few variants (streams per thread, prefetch
-    distance, cached or non-temporal stores), chosen once here.
+    Each stream exists in a few variants, and the fastest in a run is the limit: which one that is
+    changes with what else the memory is doing.
     """
+
+    # (places read at once by each thread, bytes prefetched ahead)
+    READ_VARIANTS = ((2, 0), (2, 2048), (4, 2048))
+    # (non-temporal stores, bytes prefetched ahead)
+    MIX_VARIANTS = ((0, 0), (1, 0), (1, 4096))
 
     def __init__(self, threads: int, vector_bytes: int = 64) -> None:
         # torch first: its OpenMP runtime is then the one that the library binds to.
@@ -90,24 +95,13 @@ class CpuPeaks:
         self.threads = threads
         self.vector_bytes = min(vector_bytes, library.peaks_vector_bytes())
         self.has_dot_bf16 = vector_bytes >= 64 and bool(library.peaks_has_dot_bf16())
-        self._choose_variants()
-
-    def _choose_variants(self) -> None:
         source = torch.ones(STREAM_BYTES, dtype=torch.uint8)
         target = torch.ones(STREAM_BYTES, dtype=torch.uint8)
-        reads = {}
-        for streams, ahead in ((1, 2048), (1, 8192), (2, 0), (2, 2048), (2, 8192), (4, 2048)):
-            self._read_variant = (streams, ahead)
-            reads[self._read_variant] = median_seconds(self.read(source), 3)
-        self._read_variant = min(reads, key=lambda v: reads[v])
-        mixes = {}
-        for nontemporal, ahead in ((0, 0), (0, 2048), (1, 0), (1, 4096)):
-            self._mix_variant = (nontemporal, ahead)
-            mixes[self._mix_variant] = median_seconds(self.mix(source, target), 3)
-        self._mix_variant = min(mixes, key=lambda v: mixes[v])
+        read = min(median_seconds(call, 3) for call in self.read(source))
+        copy = min(median_seconds(call, 3) for call in self.mix(source, target))
         self._rates = [
-            Rate("read", STREAM_BYTES / reads[self._read_variant], "GB/s"),
-            Rate("copy", 2 * STREAM_BYTES / mixes[self._mix_variant], "GB/s"),
+            Rate("read", STREAM_BYTES / read, "GB/s"),
+            Rate("copy", 2 * STREAM_BYTES / copy, "GB/s"),
         ]
         flops, burst = self.fma_burst()
         self._rates.append(Rate("fma_f32", flops / median_seconds(burst), "GFLOP/s"))
@@ -119,27 +113,33 @@ class CpuPeaks:
         """The headline limits, as measured when this object was made."""
         return self._rates
 
-    def read(self, source: Tensor) -> Callable[[], object]:
-        """A call that reads every byte of ``source``, and keeps it alive."""
+    def read(self, source: Tensor) -> list[Callable[[], object]]:
+        """Calls, one a variant, that read every byte of ``source``, and keep it alive."""
 
-        def run() -> object:
-            return self._library.peaks_read(
-                source.data_ptr(), source.nbytes, *self._read_variant, self.threads
+        def call(streams: int, ahead: int) -> Callable[[], object]:
+            return lambda: self._library.peaks_read(
+                source.data_ptr(), source.nbytes, streams, ahead, self.threads
             )
 
-        return run
+        return [call(*variant) for variant in self.READ_VARIANTS]
 
-    def mix(self, source: Tensor, target: Tensor) -> Callable[[], object]:
-        """A call that reads all of ``source`` and overwrites all of ``target``, interleaved."""
-        nontemporal, ahead = self._mix_variant
-        if target.data_ptr() % 64:
-            nontemporal = 0
+    def mix(self, source: Tensor, target: Tensor) -> list[Callable[[], object]]:
+        """Calls, one a variant, that read all of ``source`` and overwrite all of ``target``."""
+        aligned = target.data_ptr() % 64 == 0
 
-        def run() -> object:
-            reads, writes = (source.data_ptr(), source.nbytes), (target.data_ptr(), target.nbytes)
-            return self._library.peaks_mix(*reads, *writes, nontemporal, ahead, self.threads)
+        def call(nontemporal: int, ahead: int) -> Callable[[], object]:
+            # The closure holds the tensors, not only their addresses.
+            return lambda: self._library.peaks_mix(
+                source.data_ptr(),
+                source.nbytes,
+                target.data_ptr(),
+                target.nbytes,
+                nontemporal,
+                ahead,
+                self.threads,
+            )
 
-        return run
+        return [call(nt, ahead) for nt, ahead in self.MIX_VARIANTS if aligned or not nt]
 
     def fma_burst(self) -> tuple[float, Callable[[], object]]:
         """(operations, call): independent fp32 fused multiply-adds."""

@@ -53,7 +53,25 @@ def _bnb_layer(layer: Layer, dtype: torch.dtype, copy: int) -> Any:
 
 
 def _bnb_copies(layer: Layer, dtype: torch.dtype) -> list[Any]:
-    return [_bnb_layer(layer, dtype, i) for i in range(len(layer.qs))]
+    """One module per copy, in training mode: then nothing is repacked."""
+
+    def make() -> list[Any]:
+        return [_bnb_layer(layer, dtype, i).train() for i in range(len(layer.qs))]
+
+    return layer.cached("bitsandbytes", dtype, make)
+
+
+def _bnb_repacked(layer: Layer, x: Tensor) -> list[Any]:
+    """The same in eval mode, after the first forward that repacks the weight in place."""
+
+    def make() -> list[Any]:
+        modules = [_bnb_layer(layer, x.dtype, i).eval() for i in range(len(layer.qs))]
+        with torch.inference_mode():
+            for module in modules:
+                module(x)
+        return modules
+
+    return layer.cached("bitsandbytes_eval", x.dtype, make)
 
 
 def _repacks(layer: Layer) -> bool:
@@ -112,16 +130,14 @@ def dequantize(case: Case, layer: Layer, outs: Sequence[Tensor], bench: Bench) -
 def linear(case: Case, layer: Layer, x: Tensor, bench: Bench) -> list[Contender]:
     contenders = []
     if "bitsandbytes" in bench.peers:
-        # In training mode, or where the CPU lacks AVX512-BF16, nothing is repacked.
-        modules = [m.train() for m in _bnb_copies(layer, case.dtype)]
+        modules = _bnb_copies(layer, case.dtype)
         contenders.append(Contender("bitsandbytes", [_forward(m, x) for m in modules]))
         if _repacks(layer):
-            packed = [m.eval() for m in _bnb_copies(layer, case.dtype)]
-            with torch.inference_mode():
-                for module in packed:
-                    module(x)
+            packed = _bnb_repacked(layer, x)
             contenders.append(Contender("bitsandbytes_eval", [_forward(m, x) for m in packed]))
-    if "torchao" in bench.peers and case.dtype is torch.bfloat16:
+    # torchao's scales come in blocks of 256, without a tail.
+    whole = layer.n * layer.k % (BLOCK_SIZE * 256) == 0
+    if "torchao" in bench.peers and case.dtype is torch.bfloat16 and whole:
         contenders.append(_torchao(layer, x))
     return contenders
 
@@ -134,7 +150,7 @@ def _torchao(layer: Layer, x: Tensor) -> Contender:
     """torchao's NF4Tensor: other scales and a rounded table, so its error is larger."""
     from torchao.quantization.quantize_.workflows.nf4 import nf4_tensor
 
-    weight = nf4_tensor.to_nf4(layer.source)
+    weight = layer.cached("torchao", x.dtype, lambda: nf4_tensor.to_nf4(layer.source))
     return Contender("torchao", [lambda: nf4_tensor.linear_nf4(x, weight)], capturable=False)
 
 
@@ -153,22 +169,30 @@ def _peft_layer(layer: Layer, dtype: torch.dtype, copy: int, inputs: LoraInputs)
     )
     model: Any = get_peft_model(base, config)
     module = model.base_model.model.proj.to(layer.bench.device)
-    with torch.no_grad():
-        module.lora_A["default"].weight.copy_(inputs.a)
-        module.lora_B["default"].weight.copy_(inputs.b)
     return module.train()
+
+
+def _peft_copies(layer: Layer, dtype: torch.dtype, inputs: LoraInputs) -> list[Any]:
+    def make() -> list[Any]:
+        return [_peft_layer(layer, dtype, i, inputs) for i in range(len(layer.qs))]
+
+    modules = layer.cached("peft", dtype, make)
+    with torch.no_grad():
+        for module in modules:
+            module.lora_A["default"].weight.copy_(inputs.a)
+            module.lora_B["default"].weight.copy_(inputs.b)
+    return modules
 
 
 def linear_lora(case: Case, layer: Layer, inputs: LoraInputs, bench: Bench) -> list[Contender]:
     contenders = []
     if {"bitsandbytes", "peft"} <= set(bench.peers):
-        modules = [_peft_layer(layer, case.dtype, i, inputs) for i in range(len(layer.qs))]
+        modules = _peft_copies(layer, case.dtype, inputs)
         calls = [_peft_step(m, inputs) for m in modules]
         contenders.append(Contender("peft_bitsandbytes", calls, capturable=False))
     if "bitsandbytes" in bench.peers:
         # Without LoRA: the base layer alone.
-        bases = [m.train() for m in _bnb_copies(layer, case.dtype)]
-        steps = [_base_step(m, inputs) for m in bases]
+        steps = [_base_step(m, inputs) for m in _bnb_copies(layer, case.dtype)]
         contenders.append(Contender("bitsandbytes", steps, partial=True, capturable=False))
     return contenders
 
@@ -201,5 +225,5 @@ def linear_lora_forward(
     if not {"bitsandbytes", "peft"} <= set(bench.peers):
         return []
     x = inputs.x.detach()
-    modules = [_peft_layer(layer, case.dtype, i, inputs) for i in range(len(layer.qs))]
+    modules = _peft_copies(layer, case.dtype, inputs)
     return [Contender("peft_bitsandbytes", [_peft_forward(m, x) for m in modules])]

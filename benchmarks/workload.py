@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,10 +63,13 @@ class Contender:
 
 @dataclass(frozen=True)
 class Probe:
-    """A limit of the machine, timed beside the contenders; ``scale`` converts its time."""
+    """A limit of the machine, timed beside the contenders; ``scale`` converts its time.
+
+    ``variants``: ways to drive the same unit, each with its calls; the fastest is the limit.
+    """
 
     name: str
-    calls: Sequence[Call]
+    variants: Sequence[Sequence[Call]]
     scale: float
 
 
@@ -110,7 +114,14 @@ class Layer:
     bench: Bench
     n: int
     k: int
-    _dense: dict[torch.dtype, list[Tensor]] = field(default_factory=dict)
+    _cache: dict[tuple[str, torch.dtype], Any] = field(default_factory=dict)
+
+    def cached(self, what: str, dtype: torch.dtype, make: Callable[[], Any]) -> Any:
+        """What ``make`` returned when it was first asked for; many cases share one layer."""
+        key = (what, dtype)
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
 
     @cached_property
     def source(self) -> Tensor:
@@ -141,11 +152,12 @@ class Layer:
 
     def dense(self, dtype: torch.dtype) -> list[Tensor]:
         """Copies of the dequantized weight in ``dtype``."""
-        if dtype not in self._dense:
+
+        def make() -> list[Tensor]:
             w = self.w32.to(dtype)
-            count = self.bench.copies(w.nbytes)
-            self._dense[dtype] = [w, *(w.clone() for _ in range(count - 1))]
-        return self._dense[dtype]
+            return [w, *(w.clone() for _ in range(self.bench.copies(w.nbytes) - 1))]
+
+        return self.cached("dense", dtype, make)
 
 
 @dataclass(frozen=True)
