@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -85,6 +86,14 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 
 
+def reloads(kind: str) -> bool:
+    """Whether the installed transformers can load this kind of model once it is quantized."""
+    from transformers.quantizers.base import HfQuantizer
+
+    experts = kind in ("qwen3-moe", "mixtral")
+    return not experts or hasattr(HfQuantizer, "update_weight_conversions")
+
+
 def save_model(kind: str, directory: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Write a 16-bit checkpoint of a tiny model with random weights."""
     model = MODELS[kind]().to(dtype)
@@ -103,6 +112,8 @@ def auto_class(kind: str) -> Any:
 
 def load(directory: Path, kind: str = "llama", **kwargs: Any) -> Any:
     """``from_pretrained``, which must find every weight, and no other."""
+    if "quantization_config" in (directory / "config.json").read_text() and not reloads(kind):
+        pytest.skip("this release of transformers has no hook for quantized experts")
     model, info = auto_class(kind).from_pretrained(directory, output_loading_info=True, **kwargs)
     assert not info["missing_keys"] and not info["unexpected_keys"], info
     assert not info["mismatched_keys"], info

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.quantizers.base import HfQuantizer
 
 from nf4.config import NF4Config
 from nf4.integrations.checkpoint import Checkpoint, StoredWeight
@@ -215,6 +216,11 @@ def _place_stored_experts(
     stored = [s for p in module._parameters for s in quantized.get(f"{name}.{p}", ())]
     if not stored:
         return
+    if not hasattr(HfQuantizer, "update_weight_conversions"):
+        raise ValueError(
+            f"nf4: {name} is quantized in the checkpoint, which this release of transformers "
+            "cannot load; transformers 5.9 and newer can"
+        )
     q = stored[0].layout
     placed = NF4Experts(
         module,

@@ -131,9 +131,13 @@ class NF4Quantizer(HfQuantizer):
             for parameter, names in self.serialized_names.items()
         ]
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        experts = [m for m in model.modules() if isinstance(m, NF4Experts)]
-        if self.pre_quantized and experts:
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: Any = None
+    ) -> list[Any]:
+        # Up to transformers 5.21 this is called without the model.
+        if model is None and self._model is not None:
+            model = self._model()
+        if self.pre_quantized and any(isinstance(m, NF4Experts) for m in model.modules()):
             weight_conversions, self._replaced_conversions = saving.experts_conversions(
                 self, weight_conversions
             )

@@ -108,14 +108,17 @@ def experts_conversions(quantizer: Any, conversions: list[Any]) -> tuple[list[An
     """
     suffixes = [f".{name}" for name in (*STATES, *sorted(COMPANIONS)[::-1])] + [""]
     replaced = [c for c in conversions if isinstance(c, WeightConverter) and _merges_experts(c)]
-    ours = [
-        converter.copy(
+    ours = []
+    for converter in replaced:
+        reader = WeightConverter(
             [source + suffix for source in converter.source_patterns for suffix in suffixes],
             list(converter.target_patterns),
             operations=[DeserializeExperts(quantizer)],
         )
-        for converter in replaced
-    ]
+        for scope in ("scope_prefix", "base_model_prefix"):  # of a model within the model
+            if hasattr(converter, scope):
+                setattr(reader, scope, getattr(converter, scope))
+        ours.append(reader)
     for parameter, matrices in MATRICES.items():  # where transformers fuses nothing
         ours.append(
             WeightConverter(
