@@ -4,7 +4,9 @@ A result may be off from float64 by at most ``RATIO`` times the error of the sam
 ``F.linear`` on the weight dequantized to x's dtype, measured in the same test on the same inputs.
 Both errors are sums of independent roundings, so the ratio means something only over many of them:
 a test on few elements also gets ``ALLOWANCE`` standard roundings divided by the root of their
-number, which leaves 0.05 roundings over 4096 elements and three over one.
+number, which leaves 0.05 roundings over 4096 elements and three over one. A rounding here is that
+of the dtype and a quarter of what a float32 sum in index order collects, which BLAS may avoid: on
+8 elements of a 72-term float32 sum the ratio to F.linear reached 3.4 by chance.
 
 ``energy`` is the result of the same formula on squared inputs: the variance that each element has
 for random signs. It is the scale of an element that cancellation does not shrink.
@@ -57,7 +59,7 @@ def assert_accurate(
         f" {got[tuple(wrong[0])].item()}, exactly {exact[tuple(wrong[0])].item()}"
     )
 
-    floor = ALLOWANCE * rounding * scale.norm().item() / math.sqrt(max(samples, 1))
+    floor = ALLOWANCE * (rounding + summing / 4) * scale.norm().item() / math.sqrt(max(samples, 1))
     ours, theirs = error.norm().item(), (baseline.double() - exact).norm().item()
     assert ours <= RATIO[dtype] * theirs + floor, (
         f"{name}: error {ours / exact.norm().item():.3e}, that of F.linear "

@@ -265,7 +265,7 @@ def _inputs_of_ones(shape: tuple[int, int], p: float, device: torch.device) -> I
 
 MASKS = [
     *((shape, 0.5, None) for shape in ((1, 1), (3, 7), (64, 64))),
-    *(((37, 61), p, None) for p in (0.05, 0.5, 0.9, 2.0**-32, 1 - 2.0**-32)),
+    *(((37, 61), p, None) for p in (0.05, 0.5, 0.9, 2.0**-32, 1 - 2.0**-32, 1 - 2.0**-40)),
     *(((5, 13), 0.5, seed) for seed in (0, 1, -1, 2**32, 2**63 - 1, -(2**63))),
 ]
 
@@ -302,3 +302,20 @@ def test_dropout_threshold(backend: str, device: torch.device) -> None:
             dx, _, _ = i.backward(s)
             assert (s.view(-1)[element] != 0).item() is kept
             assert (dx.view(-1)[element] != 0).item() is kept
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_a_call_leaves_nothing_behind(
+    dtype: torch.dtype, backend: str, device: torch.device
+) -> None:
+    """Workspaces are reused: NaN of one call must not reach the next through padding."""
+    case = Lora(Matmul((5,), 33, 65, nested=True, bias=True), dtype, 3)
+    i = Inputs.random(case, device)
+    bad = Inputs.random(Lora(Matmul((70,), 130, 131, bias=True), dtype, 17), device)
+    s = _exact_s(i)
+    expected = (*i.forward(), *i.backward(s))
+    for t in (bad.x, bad.a, bad.b, bad.grad_y, bad.weight.absmax):
+        t.fill_(torch.nan)
+    assert all(t.isnan().all() for t in (*bad.forward(), *bad.backward(_exact_s(bad))))
+    for got, first in zip((*i.forward(), *i.backward(s)), expected, strict=True):
+        assert torch.equal(got, first)
