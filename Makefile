@@ -3,6 +3,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+# A file's tests stay in one process, which has one core to itself.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 PIP := $(BIN)/pip install -q -c constraints.txt
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*/*) $(wildcard csrc/include/nf4/*)
 
@@ -16,11 +18,11 @@ demo: $(VENV)/.demo
 	$(BIN)/nf4 demo
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k triton
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) -k "triton and not transformers" tests
 
 check: test
-	$(BIN)/python -m pytest -m check
+	$(PYTEST) -m check
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/run.py

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 
 # Deterministic cuBLAS, which torch.use_deterministic_algorithms asks for.
@@ -24,6 +25,16 @@ def pytest_report_header() -> list[str]:
     lines = [f"nf4 {nf4.__version__}, torch {torch.__version__}; repeat with NF4_TEST_SEED={SEED}"]
     lines += [f"backend {n}: {'usable' if s else s.reason}" for n, s in status.items()]
     return lines
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many tests ran, and how many were skipped for want of what."""
+    stats = terminalreporter.stats
+    reasons = Counter(r.longrepr[2].removeprefix("Skipped: ") for r in stats.get("skipped", []))
+    ran = sum(len(stats.get(outcome, [])) for outcome in ("passed", "failed", "error"))
+    terminalreporter.write_line(f"{ran} tests run, {reasons.total()} skipped:")
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"  {count:5} {reason}")
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ def corpus_text(max_chars: int = 4_000_000) -> str:
         text = path.read_text(encoding="utf-8", errors="ignore")
         parts.append(text)
         size += len(text)
-    return "\n\n".join(parts)[:max_chars]
+    return f"\n{END}\n".join(parts)[:max_chars]
 
 
 def pairs() -> list[dict[str, str]]:
