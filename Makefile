@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 # A file's tests stay in one process, which has one core to itself.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 PIP := $(BIN)/pip install -q -c constraints.txt
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*/*) $(wildcard csrc/include/nf4/*)
 
