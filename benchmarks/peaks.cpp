@@ -200,8 +200,8 @@ double peaks_dot_bf16(long steps, int threads) {
   return guard == -1.0 ? 0 : flops;
 }
 
-// Reads `bytes` (rounded down to lines), each thread from `streams` (1, 2 or 4) places at once, with
-// a prefetch `ahead` bytes in front (0: none). Returns a value that depends on every byte.
+// Reads `bytes` (rounded down to lines), each thread from `streams` (1, 2 or 4) places at once,
+// with a prefetch `ahead` bytes in front (0: none). Returns a value that depends on every byte.
 uint64_t peaks_read(const char* src, long bytes, long streams, long ahead, int threads) {
   uint64_t sum = 0;
 #pragma omp parallel num_threads(threads) reduction(^ : sum)

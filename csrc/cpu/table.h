@@ -9,8 +9,8 @@ namespace nf4::cpu {
 namespace {
 
 constexpr KernelTable make_table(const char* name) {
-  return {name,   quantize,        double_quantize, dequantize,
-          linear, linear_backward, linear_lora,     linear_lora_backward,
+  return {name,      quantize,        double_quantize, dequantize,
+          linear,    linear_backward, linear_lora,     linear_lora_backward,
           adamw_step};
 }
 
