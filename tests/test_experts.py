@@ -12,6 +12,7 @@ from checkpoints import MODELS
 from torch import Tensor, nn
 
 import nf4
+from nf4.lora.prepare import count_parameters
 from nf4.nn import NF4Experts
 from nf4.nn.experts import unsupported_experts
 
@@ -147,3 +148,27 @@ def test_other_layouts_are_refused(shapes: dict[str, Any], reason: str) -> None:
     assert reason in str(unsupported_experts(module))
     with pytest.raises(TypeError, match=reason):
         NF4Experts(module)
+
+
+@pytest.mark.parametrize("kind", ["qwen3-moe", "mixtral"])
+def test_prepare_model_quantizes_experts(kind: str) -> None:
+    model = MODELS[kind]()
+    elements = sum(p.numel() for p in model.parameters())
+    nf4.prepare_model(model, lora=nf4.LoraConfig(r=2, target_modules=["q_proj"]), progress=False)
+    experts = [m for m in model.modules() if isinstance(m, NF4Experts)]
+    assert len(experts) == 2
+    trainable, total = count_parameters(model)
+    assert total == elements + trainable
+    ids = torch.randint(3, 128, (2, 8))
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    before = model.eval()(ids).logits
+    merged = nf4.merge_and_unload(model)
+    assert not any(isinstance(m, NF4Experts) for m in merged.modules())
+    assert torch.allclose(merged(ids).logits, before, atol=1e-4)
+
+
+def test_prepare_model_names_experts_that_stay_16bit() -> None:
+    model = nn.ModuleDict({"experts": _Shaped(up_proj=(4, 8, 8), down_proj=(4, 8, 8))})
+    with pytest.warns(UserWarning, match="experts stays 16-bit: experts must have"):
+        nf4.prepare_model(model, progress=False)

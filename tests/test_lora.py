@@ -256,3 +256,28 @@ def test_merging_into_16_bits_rounds_once(dtype: torch.dtype, bound: float) -> N
     exact = layer.dequantize(torch.float32) + delta
     merged = nf4.merge_and_unload(nn.Sequential(layer), dtype=dtype)[0].weight
     assert (merged.float() - exact).norm() <= bound * delta.norm()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("lm_head", [True, False])
+def test_prepare_model_quantizes_embeddings(tied: bool, lm_head: bool) -> None:
+    model = tiny_llama(tie_word_embeddings=tied)
+    settings = nf4.NF4Config(embeddings=True, lm_head=lm_head, modules_to_not_convert=["v_proj"])
+    nf4.prepare_model(model, settings, progress=False)
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(table, nf4.NF4Embedding)
+    assert isinstance(head, nf4.NF4Linear) == (tied or lm_head)
+    assert (head.weight is table.weight) == tied
+    assert type(model.model.layers[0].self_attn.v_proj) is torch.nn.Linear
+    ids = token_ids()
+    before = model(ids).logits
+    nf4.merge_and_unload(model)
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert type(table) is torch.nn.Embedding and type(head) is torch.nn.Linear
+    assert (head.weight is table.weight) == tied
+    assert torch.allclose(model(ids).logits, before, atol=1e-4)
+
+
+def test_prepare_model_refuses_a_tied_head_alone() -> None:
+    with pytest.raises(ValueError, match="lm_head needs embeddings=True"):
+        nf4.prepare_model(tiny_llama(tie_word_embeddings=True), nf4.NF4Config(lm_head=True))

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from nf4 import functional
 from nf4.config import NF4Config
-from nf4.lora.config import matches
-from nf4.lora.prepare import _output_head
+from nf4.lora.prepare import kept_16bit
 
 SHARD_BYTES = 256 * 2**20
 _INDEX = "model.safetensors.index.json"
@@ -95,13 +94,11 @@ def _linear_weights(source: Path, config: NF4Config) -> set[str]:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
-    skip = config.modules_to_not_convert
-    if skip is None:
-        skip = _output_head(model)
+    keeps = kept_16bit(model, config)
     return {
         f"{name}.weight"
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and not matches(name, skip)
+        if type(module) is nn.Linear and not keeps(name)
     }
 
 

@@ -11,6 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from nf4.nn.embedding import NF4Embedding
+from nf4.nn.experts import NF4Experts
 from nf4.nn.linear import Linear4bitLoRA, NF4Linear
 
 Base = str | os.PathLike[str] | Mapping[str, Tensor]
@@ -39,6 +41,7 @@ def merge_and_unload(
         raise ValueError(f"nf4.merge_and_unload: into must be '16bit' or 'nf4', got {into!r}")
     kind = NF4Linear if into == "16bit" else Linear4bitLoRA
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, kind)]
+    heads = _tied_heads(model) if into == "16bit" else []
     read = base_reader(base, [name for name, _ in layers])
     for name, layer in layers:
         weight = None if read is None else read(name)
@@ -60,7 +63,32 @@ def merge_and_unload(
     if into == "16bit" and quantizer is not None:
         # A transformers model: quantized embeddings and experts too, and its config's entry.
         quantizer.dequantize(model, dtype=dtype)
+    elif into == "16bit":
+        _rest_to_16bit(model, dtype)
+    for table, head in heads:
+        model.get_submodule(head).weight = model.get_submodule(table).weight
     return model
+
+
+def _tied_heads(model: nn.Module) -> list[tuple[str, str]]:
+    """``(embedding, head)`` names of quantized heads that share a table and have no adapter."""
+    modules = dict(model.named_modules())
+    return [
+        (table, head)
+        for table, embedding in modules.items()
+        if isinstance(embedding, NF4Embedding)
+        for head, linear in modules.items()
+        if type(linear) is NF4Linear and linear.weight is embedding.weight
+    ]
+
+
+def _rest_to_16bit(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Dequantize what has no adapters: experts and embeddings."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, NF4Experts):
+            model.set_submodule(name, module.to_experts(dtype))
+        elif isinstance(module, NF4Embedding):
+            model.set_submodule(name, module.to_embedding(dtype))
 
 
 @torch.no_grad()

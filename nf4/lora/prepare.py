@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
 from nf4.config import NF4Config
 from nf4.lora.config import LoraConfig, matches
+from nf4.nn.embedding import NF4Embedding
+from nf4.nn.experts import NF4Experts, is_fused_experts, unsupported_experts
 from nf4.nn.linear import Linear4bitLoRA, NF4Linear, is_conv1d
+from nf4.nn.weight import QuantizedWeight
 
 
 def prepare_model(
@@ -22,18 +26,17 @@ def prepare_model(
     """Quantize the linear layers of ``model`` in place, one by one, and add LoRA adapters.
 
     Every ``nn.Linear`` and transformers ``Conv1D`` becomes an ``NF4Linear``, or a
-    ``Linear4bitLoRA`` where ``lora`` (an nf4 or peft ``LoraConfig``; None adds none) targets it.
+    ``Linear4bitLoRA`` where ``lora`` (an nf4 or peft ``LoraConfig``; None adds none) targets it;
+    fused experts become ``NF4Experts``, and what ``quantization`` says of embeddings and head.
     Layers that are quantized already keep their bytes. All other parameters are frozen, but for
     the biases that ``lora.bias`` names. Peak memory is the model's plus one layer. Returns
-    ``model``. Raises ValueError when ``lora`` targets nothing, and for NaN or infinite weights,
-    naming the module.
+    ``model``. Raises ValueError when ``lora`` targets nothing, for a tied head that is to be
+    quantized without its table, and for NaN or infinite weights, naming the module.
     """
     quantization = quantization or NF4Config()
     lora = None if lora is None else LoraConfig.coerce(lora)
-    skip = quantization.modules_to_not_convert
-    if skip is None:
-        skip = _output_head(model)
-    names = [n for n, m in model.named_modules() if _is_linear(m) and not matches(n, skip)]
+    keeps = kept_16bit(model, quantization)
+    names = [n for n, m in model.named_modules() if _is_linear(m) and not keeps(n)]
     if lora is not None and not any(lora.targets(name) for name in names):
         some = ", ".join(names[:8]) or "none"
         raise ValueError(
@@ -46,9 +49,80 @@ def prepare_model(
         target = lora is not None and lora.targets(name)
         model.set_submodule(name, _replacement(name, old, quantization, lora if target else None))
         del old
+    for name, module in list(model.named_modules()):
+        if is_fused_experts(module) and not keeps(name):
+            _quantize_experts(model, name, module, quantization)
+    if quantization.embeddings:
+        _quantize_embeddings(model, quantization)
     if lora is not None:
         train_biases(model, lora)
     return model
+
+
+def kept_16bit(model: nn.Module, quantization: NF4Config) -> Callable[[str], bool]:
+    """Whether the linear layer of a name stays 16-bit: those that the settings name, and the head
+    (a tied one has no weight of its own; it goes with the embeddings).
+
+    Raises ValueError where a head is to be quantized without the table that it shares.
+    """
+    head, tied = _output_head(model), _tied_heads(model)
+    if quantization.lm_head and tied and not quantization.embeddings:
+        raise ValueError(
+            f"nf4.NF4Config: lm_head needs embeddings=True too where {head[0]} shares the table "
+            f"of the embeddings, as in {type(model).__name__}"
+        )
+    kept = tied if quantization.lm_head else [*head, *tied]
+    return lambda name: quantization.keeps(name) or matches(name, kept)
+
+
+def _quantize_experts(
+    model: nn.Module, name: str, module: nn.Module, quantization: NF4Config
+) -> None:
+    if isinstance(module, NF4Experts):
+        return
+    reason = unsupported_experts(module)
+    if reason is not None:
+        warnings.warn(f"nf4.prepare_model: {name} stays 16-bit: {reason}", stacklevel=3)
+        return
+    try:
+        model.set_submodule(name, NF4Experts.from_experts(module, **quantization.layer_kwargs()))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _quantize_embeddings(model: nn.Module, quantization: NF4Config) -> None:
+    """Quantize the token embeddings; a head that is tied to them shares the result."""
+    table = _token_embeddings(model)
+    if isinstance(table, NF4Embedding):
+        return
+    if type(table) is not nn.Embedding:
+        raise ValueError(
+            f"nf4.NF4Config: embeddings must be an nn.Embedding to be quantized, "
+            f"got {type(table).__name__}"
+        )
+    heads = _tied_heads(model)
+    names = [name for name, module in model.named_modules() if module is table]
+    new = NF4Embedding.from_embedding(table, **quantization.layer_kwargs())
+    for name in names:
+        model.set_submodule(name, new)
+    for name in heads:
+        head = model.get_submodule(name)
+        bias = head.bias if isinstance(head.bias, nn.Parameter) else None
+        tied = NF4Linear.from_quantized(new.q, bias, compute_dtype=quantization.compute_dtype)
+        tied.weight = new.weight
+        model.set_submodule(name, tied.train(head.training))
+
+
+def _token_embeddings(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_input_embeddings", None)
+    return None if getter is None else getter()
+
+
+def _tied_heads(model: nn.Module) -> list[str]:
+    """Names of the linear layers that share the weight of the token embeddings."""
+    table = _token_embeddings(model)
+    weight = getattr(table, "weight", None)
+    return [n for n, m in model.named_modules() if type(m) is nn.Linear and m.weight is weight]
 
 
 def train_biases(model: nn.Module, lora: LoraConfig) -> None:
@@ -115,7 +189,12 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, Linear4bitLoRA]]:
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """``(trainable, all)`` parameters, a quantized weight counted by its elements."""
-    packed = {id(m.weight): m.q.numel() for m in model.modules() if isinstance(m, NF4Linear)}
+    packed: dict[int, int] = {}
+    for module in model.modules():
+        if isinstance(module, QuantizedWeight):
+            packed[id(module.weight)] = module.q.numel()
+        elif isinstance(module, NF4Experts):
+            packed.update({id(p): module.count(name) for name, p in module.named_parameters()})
     trainable = total = 0
     for parameter in model.parameters():
         count = packed.get(id(parameter), parameter.numel())

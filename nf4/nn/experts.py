@@ -109,6 +109,10 @@ class NF4Experts(nn.Module):
             return torch.Size((self.hidden_dim, self.intermediate_dim))
         return torch.Size((self.intermediate_dim, self.hidden_dim))
 
+    def count(self, name: str) -> int:
+        """Elements of the parameter ``name`` before it was quantized."""
+        return self.num_experts * len(MATRICES[name]) * self.matrix_shape(name).numel()
+
     def quantize(self, name: str, weight: Tensor) -> dict[str, Tensor]:
         """Quantize a fused parameter ``[E, rows of all matrices, columns]``, matrix by matrix.
 
@@ -247,7 +251,7 @@ class NF4Experts(nn.Module):
 
 def is_fused_experts(module: nn.Module) -> bool:
     """Whether ``module`` holds the weights of all experts in 3-dimensional parameters."""
-    return any(
+    return isinstance(module, NF4Experts) or any(
         p is not None and p.dim() == 3 and "proj" in name for name, p in module._parameters.items()
     )
 
