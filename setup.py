@@ -141,11 +141,17 @@ class BuildNative(build_ext):
             run_ninja(ninja, steps, directory)
         else:
             run([[*c, "-c", str(ROOT / source), "-o", str(o)] for source, o, c in steps])
-        # Written beside the target and renamed: a running process may have the old file mapped.
-        fresh = target.with_name(target.name + ".new")
         objects = [str(o) for _, o, _ in steps]
-        run([[library.link[0], *objects, *library.link[1:], "-o", str(fresh)]])
-        os.replace(fresh, target)
+        run([[library.link[0], *objects, *library.link[1:], "-o", str(target)]])
+
+    def copy_extensions_to_source(self) -> None:
+        """Put the libraries into nf4/ by renaming: a running process may have the old one mapped."""
+        for ext in self.extensions:
+            target = ROOT / self.get_ext_filename(ext.name)
+            fresh = target.with_name(target.name + ".new")
+            shutil.copyfile(Path(self.build_lib) / self.get_ext_filename(ext.name), fresh)
+            fresh.chmod(0o755)
+            os.replace(fresh, target)
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".abi3.so"

@@ -22,13 +22,15 @@ inline WordTable decode_table(const Lookup16& codes, float scale, Word*) {
 }
 
 // Elements [first, first + count) of one block of a 4-bit format.
-template <class T>
+template <bool kBypass, class T>
 inline void decode_nibbles(const uint8_t* packed, int64_t first, int64_t count,
                            const Lookup16& codes, float scale, T* out) {
   const auto table = decode_table(codes, scale, out);
   const uint8_t* bytes = packed + (first >> 1);
   if ((first & 1) == 0 && count % kDecodeStep == 0) {
-    for (int64_t i = 0; i < count; i += kDecodeStep) decode(bytes + (i >> 1), table, out + i);
+    for (int64_t i = 0; i < count; i += kDecodeStep) {
+      decode<kBypass>(bytes + (i >> 1), table, out + i);
+    }
     return;
   }
   T values[16];
@@ -38,7 +40,7 @@ inline void decode_nibbles(const uint8_t* packed, int64_t first, int64_t count,
     --count;
   }
   for (; count >= kDecodeStep; count -= kDecodeStep, out += kDecodeStep) {
-    decode(bytes, table, out);
+    decode<false>(bytes, table, out);
     bytes += kDecodeStep / 2;
   }
   for (; count >= 2; count -= 2, ++bytes, out += 2) {
@@ -55,13 +57,14 @@ inline void decode_bytes(const uint8_t* packed, int64_t count, const float* code
   const F by = broadcast(scale);
   int64_t i = 0;
   for (; i + kWidth <= count; i += kWidth) {
-    store(out + i, mul(gather(codes, load_bytes(packed + i)), by));
+    store(out + i, mul(lookup256(codes, load_bytes(packed + i)), by));
   }
   for (; i < count; ++i) from_float(codes[packed[i]] * scale, out + i);
 }
 
 // Decodes elements [first, first + count) of the flattened weight to float, Half or BFloat.
-template <class T>
+// kBypass needs first to be a multiple of the block size and out to be 64-byte aligned.
+template <bool kBypass = false, class T>
 void decode_range(const Weight& w, int64_t first, int64_t count, T* out) {
   const Format format = format_of(w.format);
   const Lookup16 codes = lookup16(format.codes);
@@ -70,7 +73,7 @@ void decode_range(const Weight& w, int64_t first, int64_t count, T* out) {
     const int64_t piece = min(count, ((block + 1) << w.block_shift) - first);
     const float scale = block_scale(w, block);
     if (format.four_bit) {
-      decode_nibbles(w.packed, first, piece, codes, scale, out);
+      decode_nibbles<kBypass>(w.packed, first, piece, codes, scale, out);
     } else {
       decode_bytes(w.packed + first, piece, format.codes, scale, out);
     }
@@ -80,13 +83,21 @@ void decode_range(const Weight& w, int64_t first, int64_t count, T* out) {
   }
 }
 
+// Results that do not fit in the caches are not written through them: a store that misses would
+// first read its line. Below, a reader finds the result in the cache.
+constexpr int64_t kBypassBytes = int64_t{16} << 20;
+
 void dequantize(const Weight& weight, int64_t numel, DType dtype, void* out) {
   constexpr int64_t kPerTask = int64_t{1} << 15;  // a multiple of every block size
   with_type(dtype, [&](auto* type) {
     auto* data = static_cast<decltype(type)>(out);
+    const bool bypass = numel * static_cast<int64_t>(sizeof *data) >= kBypassBytes &&
+                        reinterpret_cast<uintptr_t>(out) % 64 == 0;
     parallel_for(ceil_div(numel, kPerTask), [&](int64_t task) {
-      const int64_t first = task * kPerTask;
-      decode_range(weight, first, min(kPerTask, numel - first), data + first);
+      const int64_t first = task * kPerTask, count = min(kPerTask, numel - first);
+      if (!bypass) return decode_range(weight, first, count, data + first);
+      decode_range<true>(weight, first, count, data + first);
+      fence();
     });
   });
 }

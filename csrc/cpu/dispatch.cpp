@@ -71,11 +71,29 @@ void serial(int64_t tasks, TaskBody body, void* context) {
   for (int64_t i = 0; i < tasks; ++i) body(context, i);
 }
 
-ParallelFor current = serial;
+int64_t one_thread() { return 1; }
 
+Pool current = {serial, one_thread};
+
+// A buffer that grows; the old content is lost.
 struct Buffer {
   void* data = nullptr;
   int64_t bytes = 0;
+
+  void* reserve(int64_t wanted) {
+    constexpr int64_t kStep = int64_t{1} << 16;
+    if (wanted <= bytes) return data;
+    std::free(data);
+    bytes = (wanted + kStep - 1) / kStep * kStep;
+    data = std::aligned_alloc(64, static_cast<size_t>(bytes));
+    if (!data) {
+      std::fprintf(stderr, "nf4: out of memory for %lld bytes of scratch\n",
+                   static_cast<long long>(wanted));
+      std::abort();
+    }
+    return data;
+  }
+
   ~Buffer() { std::free(data); }
 };
 
@@ -86,23 +104,17 @@ const KernelTable& kernels() {
   return table;
 }
 
-void set_parallel(ParallelFor run) { current = run; }
-ParallelFor parallel() { return current; }
+void set_pool(const Pool& pool) { current = pool; }
+const Pool& pool() { return current; }
 
 void* scratch(int64_t bytes) {
-  constexpr int64_t kStep = int64_t{1} << 16;
   thread_local Buffer buffer;
-  if (bytes > buffer.bytes) {
-    std::free(buffer.data);
-    buffer.bytes = (bytes + kStep - 1) / kStep * kStep;
-    buffer.data = std::aligned_alloc(64, static_cast<size_t>(buffer.bytes));
-    if (!buffer.data) {
-      std::fprintf(stderr, "nf4: out of memory for %lld bytes of scratch\n",
-                   static_cast<long long>(bytes));
-      std::abort();
-    }
-  }
-  return buffer.data;
+  return buffer.reserve(bytes);
+}
+
+void* shared_scratch(int64_t bytes) {
+  thread_local Buffer buffer;
+  return buffer.reserve(bytes);
 }
 
 }  // namespace nf4::cpu

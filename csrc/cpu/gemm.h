@@ -6,58 +6,10 @@
 // the order of the depth, whatever the tiling, so results do not depend on the number of threads.
 #pragma once
 
-#include "operand.h"
+#include "panel.h"
 
 namespace nf4::cpu {
 namespace {
-
-constexpr int kPanelColumns = kTileVectors * kWidth;
-constexpr int kTaskColumns = 2 * kPanelColumns > 64 ? 2 * kPanelColumns : 64;
-constexpr int64_t kTaskRows = 512;
-
-// How a product is computed: the element type of A and B, and the depth of one 32-bit lane.
-struct FloatMath {
-  using Element = float;
-  static constexpr int kDepth = 1;
-  static constexpr int kBlock = kWidth == 16 ? 128 : 256;  // a panel is 32 KiB at most
-  static F multiply_add(const float* a, const uint32_t* b, F c) {
-    return fma(broadcast(*a), load(reinterpret_cast<const float*>(b)), c);
-  }
-};
-
-#if NF4_ISA >= NF4_ISA_AVX512_BF16
-struct BFloatMath {
-  using Element = BFloat;
-  static constexpr int kDepth = 2;
-  static constexpr int kBlock = 256;
-  static F multiply_add(const BFloat* a, const uint32_t* b, F c) {
-    int pair;
-    std::memcpy(&pair, a, sizeof pair);
-    return dot_pairs(c, splat(pair), load_words(b));
-  }
-};
-#endif
-
-template <class Math>
-constexpr int kSteps = Math::kBlock / Math::kDepth;  // 32-bit lanes of a full depth block
-
-struct Product {
-  Operand a;  // [rows, depth]
-  Operand b;  // [columns, depth] when transposed, else [depth, columns]
-  int64_t rows;
-  int64_t depth;
-  bool transposed;
-};
-
-// Memory of one task, inside its thread's scratch.
-template <class Math>
-struct Workspace {
-  static constexpr int kRowStride = kSteps<Math> + 16;  // off the power of two: L1 set conflicts
-  alignas(64) float c[kTaskRows * kTaskColumns];
-  alignas(64) uint32_t panel[kSteps<Math> * kPanelColumns];
-  alignas(64) uint32_t rows[kWidth * kRowStride];
-  alignas(64) uint32_t a[kTaskRows * kSteps<Math>];
-};
 
 // C[kRows, kVectors * kWidth] (+)= A panel.
 template <class Math, int kRows, int kVectors>
@@ -68,11 +20,11 @@ void tile(const typename Math::Element* a, int64_t lda, const uint32_t* panel, i
     for (int v = 0; v < kVectors; ++v) acc[r][v] = zero();
   }
   for (int64_t s = 0; s < steps; ++s) {
+    typename Math::Vector b[kVectors];
+    for (int v = 0; v < kVectors; ++v) b[v] = Math::load_b(panel + v * kWidth);
     for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVectors; ++v) {
-        acc[r][v] =
-            Math::multiply_add(a + r * lda + s * Math::kDepth, panel + v * kWidth, acc[r][v]);
-      }
+      const auto x = Math::splat_a(a + r * lda + s * Math::kDepth);
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = Math::multiply_add(x, b[v], acc[r][v]);
     }
     panel += kPanelColumns;
   }
@@ -104,57 +56,6 @@ void tiles(const typename Math::Element* a, int64_t lda, int64_t rows, const uin
                                            fresh, rows - r);
 }
 
-// Rows [column, column + columns) of B, depth [first, first + depth), as panel[step][column].
-template <class Math>
-void pack_transposed(const Operand& b, int64_t column, int64_t columns, int64_t first,
-                     int64_t depth, Workspace<Math>& w) {
-  const int64_t steps = ceil_div(depth, Math::kDepth), padded = round_up(steps, kWidth);
-  for (int64_t group = 0; group < columns; group += kWidth) {
-    for (int64_t i = 0; i < kWidth; ++i) {
-      uint32_t* row = w.rows + i * Workspace<Math>::kRowStride;
-      if (group + i < columns) {
-        row[steps - 1] = 0;  // half of it stays so when the depth is odd
-        read(b, column + group + i, first, depth, reinterpret_cast<typename Math::Element*>(row));
-        for (int64_t s = steps; s < padded; ++s) row[s] = 0;
-      } else {
-        for (int64_t s = 0; s < padded; ++s) row[s] = 0;
-      }
-    }
-    for (int64_t s = 0; s < padded; s += kWidth) {
-      transpose(w.rows + s, Workspace<Math>::kRowStride, w.panel + s * kPanelColumns + group,
-                kPanelColumns);
-    }
-  }
-}
-
-// Rows [first, first + depth) of B, columns [column, column + columns), as panel[step][column].
-template <class Math>
-void pack_rows(const Operand& b, int64_t column, int64_t columns, int64_t first, int64_t depth,
-               Workspace<Math>& w) {
-  const int64_t padded = round_up(columns, kWidth);
-  using Element = typename Math::Element;
-  for (int64_t s = 0; s * Math::kDepth < depth; ++s) {
-    uint32_t* out = w.panel + s * kPanelColumns;
-    const int64_t row = first + s * Math::kDepth;
-    if constexpr (Math::kDepth == 1) {
-      read(b, row, column, columns, reinterpret_cast<Element*>(out));
-    } else {
-      Element pair[2][kPanelColumns] = {};
-      read(b, row, column, columns, pair[0]);
-      if (s * 2 + 1 < depth) read(b, row + 1, column, columns, pair[1]);
-      for (int64_t i = 0; i < columns; ++i) {
-        out[i] = static_cast<uint32_t>(pair[1][i].bits) << 16 | pair[0][i].bits;
-      }
-    }
-    for (int64_t i = columns; i < padded; ++i) out[i] = 0;
-  }
-}
-
-template <class Element>
-constexpr DType kDTypeOf = DType::kFloat32;
-template <>
-constexpr DType kDTypeOf<BFloat> = DType::kBFloat16;
-
 // w.c (+)= the product's rows [row, row + rows), columns [column, column + columns).
 template <class Math>
 void accumulate(const Product& p, int64_t row, int64_t rows, int64_t column, int64_t columns,
@@ -163,8 +64,7 @@ void accumulate(const Product& p, int64_t row, int64_t rows, int64_t column, int
   // A pair must not reach into the next row, so an odd depth is copied and padded.
   const bool direct = p.a.dense.dtype == kDTypeOf<Element> && p.a.dropout.multiplier == 0.0f &&
                       p.depth % Math::kDepth == 0;
-  // A few rows are compared with dot products, which BLAS sums in many short chains: do as well.
-  const int64_t block = p.rows < kTileRows ? 32 : Math::kBlock;
+  const int64_t block = p.short_chains || p.rows < kTileRows ? 32 : Math::kBlock;
   for (int64_t first = 0; first < p.depth; first += block) {
     const int64_t depth = min(block, p.depth - first);
     const int64_t steps = ceil_div(depth, Math::kDepth);
@@ -228,16 +128,6 @@ inline void write_row(const float* c, int64_t count, DType dtype, void* out, int
     for (; i + kWidth <= count; i += kWidth) store(to + i, load(c + i));
     for (; i < count; ++i) from_float(c[i], to + i);
   });
-}
-
-// Calls fn with the arithmetic for activations of this dtype: bfloat16 products where the
-// instruction set has them and x is bfloat16, else float32.
-template <class Fn>
-void with_math([[maybe_unused]] DType dtype, const Fn& fn) {
-#if NF4_ISA >= NF4_ISA_AVX512_BF16
-  if (dtype == DType::kBFloat16) return fn(BFloatMath{});
-#endif
-  fn(FloatMath{});
 }
 
 }  // namespace

@@ -118,13 +118,19 @@ const KernelTable& kernels();
 
 // Runs body(context, task) for every task in [0, tasks), in any order and on any thread.
 using TaskBody = void (*)(void* context, int64_t task);
-using ParallelFor = void (*)(int64_t tasks, TaskBody body, void* context);
 
-void set_parallel(ParallelFor run);
-ParallelFor parallel();
+struct Pool {
+  void (*run)(int64_t tasks, TaskBody body, void* context);
+  int64_t (*threads)();  // how many run at once; a hint for the size of tasks
+};
 
-// A 64-byte aligned buffer of the calling thread, kept between calls because faulting fresh pages
-// in costs more than most kernels. Valid until the thread's next call.
+void set_pool(const Pool& pool);
+const Pool& pool();
+
+// 64-byte aligned buffers that are kept between calls, because faulting fresh pages in costs more
+// than most kernels. Each belongs to the calling thread and is valid until it asks for that kind
+// again: scratch for the work of one task, shared_scratch for what one call's tasks share.
 void* scratch(int64_t bytes);
+void* shared_scratch(int64_t bytes);
 
 }  // namespace nf4::cpu

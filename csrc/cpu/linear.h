@@ -1,7 +1,7 @@
 // y = x W^T + bias and dx = grad_y W, with W decoded in tiles.
 #pragma once
 
-#include "gemm.h"
+#include "stream.h"
 
 namespace nf4::cpu {
 namespace {
@@ -24,6 +24,15 @@ inline void multiply(const Product* products, int count, const Matrix& bias, DTy
                      int64_t n, void* out) {
   with_math(dtype, [&](auto math) {
     using Math = decltype(math);
+    if (m > 0 && can_stream(products[0])) {
+      const auto write = [&](int64_t column, int64_t columns, Workspace<Math>& w) {
+        for (int i = 1; i < count; ++i) {
+          accumulate<Math>(products[i], 0, m, column, columns, false, w);
+        }
+        finish(w.c, 0, m, column, columns, bias, dtype, out, n);
+      };
+      return stream<Math>(products[0], n, write);
+    }
     for_tiles<Math>(
         m, n, [&](int64_t row, int64_t rows, int64_t column, int64_t columns, Workspace<Math>& w) {
           for (int i = 0; i < count; ++i) {

@@ -42,7 +42,7 @@ inline void multiply_float(const Product& product, float factor, int64_t m, int6
 void linear_lora(Matrix x, const Weight& weight, Matrix bias, const Lora& lora, int64_t m,
                  int64_t n, int64_t k, void* y, float* s) {
   const int64_t rank = lora.rank;
-  const Product down{dense(x, k, lora.dropout), dense(lora.a, k), m, k, true};
+  const Product down{dense(x, k, lora.dropout), dense(lora.a, k), m, k, true, true};
   multiply_float(down, 1.0f, m, rank, s);
   Floats scaled_s(m * rank);
   for (int64_t i = 0; i < m * rank; ++i) scaled_s.data[i] = lora.scaling * s[i];
@@ -79,7 +79,7 @@ void linear_lora_backward(Matrix grad_y, Matrix x, const float* s, const Weight&
                           const LoraGradients& out) {
   const int64_t rank = lora.rank;
   Floats ds(m * rank);
-  const Product down{dense(grad_y, n), dense(lora.b, rank), m, n, false};
+  const Product down{dense(grad_y, n), dense(lora.b, rank), m, n, false, true};
   multiply_float(down, lora.scaling, m, rank, ds.data);
   if (out.dx) lora_dx(grad_y, weight, lora, ds.matrix(), m, n, k, out.dx);
   Floats transposed(m * rank);

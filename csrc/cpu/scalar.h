@@ -75,10 +75,12 @@ inline void from_float(float f, Half* out) {
 template <class Fn>
 void parallel_for(int64_t tasks, const Fn& fn) {
   if (tasks == 1) return fn(0);
-  parallel()(
+  pool().run(
       tasks, [](void* context, int64_t task) { (*static_cast<const Fn*>(context))(task); },
       const_cast<Fn*>(&fn));
 }
+
+inline int64_t threads() { return pool().threads(); }
 
 // Calls fn with a typed null pointer of the C++ type that stores dtype.
 template <class Fn>

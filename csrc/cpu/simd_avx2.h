@@ -81,6 +81,11 @@ inline void store_bytes(uint8_t* p, I v) {
                    _mm_or_si128(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
 }
 
+typedef uint64_t W __attribute__((vector_size(32)));
+inline W multiply_words(W a, uint32_t b) {
+  return (W)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+}
+
 struct Lookup16 {
   F lower, upper;
 };
@@ -91,6 +96,7 @@ inline F find(const Lookup16& t, I index) {
   return _mm256_blendv_ps(lower, upper, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
 }
 inline F gather(const float* table, I index) { return _mm256_i32gather_ps(table, index, 4); }
+inline F lookup256(const float* table, I index) { return gather(table, index); }
 inline I load_bytes(const uint8_t* p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
@@ -137,17 +143,29 @@ inline void store_table(const WordTable& t, Word* out) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 8), _mm_unpackhi_epi8(low, high));
 }
 
+template <bool kBypass>
+inline void put(void* p, __m256i v) {
+  if constexpr (kBypass) {
+    _mm256_stream_si256(static_cast<__m256i*>(p), v);
+  } else {
+    _mm256_storeu_si256(static_cast<__m256i*>(p), v);
+  }
+}
+inline void fence() { _mm_sfence(); }
+
 constexpr int kDecodeStep = 32;
+template <bool kBypass>
 inline void decode(const uint8_t* packed, const FloatTable& t, float* out) {
   const __m256i shift = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
   for (int i = 0; i < 4; ++i) {
     int dword;
     std::memcpy(&dword, packed + 4 * i, sizeof dword);
     const __m256i nibbles = _mm256_srlv_epi32(_mm256_set1_epi32(dword), shift);
-    store(out + 8 * i, find(Lookup16{t.lower, t.upper}, nibbles));
+    const F values = find(Lookup16{t.lower, t.upper}, nibbles);
+    put<kBypass>(out + 8 * i, _mm256_castps_si256(values));
   }
 }
-template <class Word>
+template <bool kBypass, class Word>
 inline void decode(const uint8_t* packed, const WordTable& t, Word* out) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
   const __m128i mask = _mm_set1_epi8(15);
@@ -160,9 +178,8 @@ inline void decode(const uint8_t* packed, const WordTable& t, Word* out) {
   const __m256i high = _mm256_shuffle_epi8(t.high, nibbles);
   const __m256i even = _mm256_unpacklo_epi8(low, high);  // words 0..7 and 16..23
   const __m256i odd = _mm256_unpackhi_epi8(low, high);   // words 8..15 and 24..31
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permute2x128_si256(even, odd, 0x20));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16),
-                      _mm256_permute2x128_si256(even, odd, 0x31));
+  put<kBypass>(out, _mm256_permute2x128_si256(even, odd, 0x20));
+  put<kBypass>(out + 16, _mm256_permute2x128_si256(even, odd, 0x31));
 }
 
 inline void transpose(const uint32_t* src, int64_t ld_src, uint32_t* dst, int64_t ld_dst) {
@@ -188,11 +205,15 @@ inline void transpose(const uint32_t* src, int64_t ld_src, uint32_t* dst, int64_
   }
 }
 
-constexpr bool kBFloatDot = false;
+inline I load_dwords(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline I shift_right(I v, int bits) { return _mm256_srli_epi32(v, bits); }
 
 // 12 accumulators, 2 weights and one activation of 16 registers.
 constexpr int kTileRows = 6;
 constexpr int kTileVectors = 2;
+// 8 accumulators, the codes in 2 registers, nibbles, weights and an activation.
+constexpr int kStreamRows = 8;
+constexpr int kStreamVectors = 1;
 
 }  // namespace
 }  // namespace nf4::cpu

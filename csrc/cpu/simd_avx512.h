@@ -68,12 +68,30 @@ inline void store_bytes(uint8_t* p, I v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
 }
 
+typedef uint64_t W __attribute__((vector_size(64)));
+inline W multiply_words(W a, uint32_t b) {
+  return (W)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
+}
+
 struct Lookup16 {
   F values;
 };
 inline Lookup16 lookup16(const float* table) { return {_mm512_loadu_ps(table)}; }
 inline F find(const Lookup16& t, I index) { return _mm512_permutexvar_ps(index, t.values); }
 inline F gather(const float* table, I index) { return _mm512_i32gather_ps(index, table, 4); }
+// table[index] for 8-bit indices: 8 lookups of 32 entries and 7 blends take half as long as a
+// gather.
+inline F lookup256(const float* table, I index) {
+  F part[8];
+  for (int i = 0; i < 8; ++i) {
+    part[i] = _mm512_permutex2var_ps(load(table + 32 * i), index, load(table + 32 * i + 16));
+  }
+  for (int bit = 5, n = 4; bit < 8; ++bit, n /= 2) {
+    const __mmask16 set = _mm512_test_epi32_mask(index, _mm512_set1_epi32(1 << bit));
+    for (int i = 0; i < n; ++i) part[i] = _mm512_mask_mov_ps(part[2 * i], set, part[2 * i + 1]);
+  }
+  return part[0];
+}
 inline I load_bytes(const uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -108,7 +126,18 @@ inline void store_table(const WordTable& t, Word* out) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_castsi512_si256(t.words));
 }
 
+template <bool kBypass>
+inline void put(void* p, __m512i v) {
+  if constexpr (kBypass) {
+    _mm512_stream_si512(static_cast<__m512i*>(p), v);
+  } else {
+    _mm512_storeu_si512(p, v);
+  }
+}
+inline void fence() { _mm_sfence(); }
+
 constexpr int kDecodeStep = 32;
+template <bool kBypass>
 inline void decode(const uint8_t* packed, const FloatTable& t, float* out) {
   const __m512i bytes =
       _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
@@ -118,10 +147,10 @@ inline void decode(const uint8_t* packed, const FloatTable& t, float* out) {
   for (int i = 0; i < 2; ++i) {
     const __m512i dword = _mm512_add_epi32(half, _mm512_set1_epi32(2 * i));
     const __m512i nibbles = _mm512_srlv_epi32(_mm512_permutexvar_epi32(dword, bytes), shift);
-    _mm512_storeu_ps(out + 16 * i, _mm512_permutexvar_ps(nibbles, t.values));
+    put<kBypass>(out + 16 * i, _mm512_castps_si512(_mm512_permutexvar_ps(nibbles, t.values)));
   }
 }
-template <class Word>
+template <bool kBypass, class Word>
 inline void decode(const uint8_t* packed, const WordTable& t, Word* out) {
   const __m512i bytes =
       _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
@@ -132,7 +161,7 @@ inline void decode(const uint8_t* packed, const WordTable& t, Word* out) {
                        0x03030303, 0x02020202, 0x01010101, 0x00000000);
   const __m512i words = _mm512_shuffle_epi8(bytes, spread);
   const __m512i nibbles = _mm512_srlv_epi16(words, _mm512_set1_epi32(4));
-  _mm512_storeu_si512(out, _mm512_permutexvar_epi16(nibbles, t.words));
+  put<kBypass>(out, _mm512_permutexvar_epi16(nibbles, t.words));
 }
 
 // dst[j * ld_dst + i] = src[i * ld_src + j] for i, j < 16.
@@ -163,19 +192,38 @@ inline void transpose(const uint32_t* src, int64_t ld_src, uint32_t* dst, int64_
   }
 }
 
+inline I load_dwords(const void* p) { return _mm512_loadu_si512(p); }
+inline I shift_right(I v, int bits) { return _mm512_srli_epi32(v, static_cast<unsigned>(bits)); }
+
 #if NF4_ISA >= NF4_ISA_AVX512_BF16
-constexpr bool kBFloatDot = true;
-inline F dot_pairs(F c, I a, I b) {
-  return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);  // NOLINT: a vector reinterpretation
+// c + the products of the two bfloat16 in each 32-bit lane.
+inline F dot_pairs(F c, I a, I b) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+// Lane i holds first[i] and, above it, second[i] as bfloat16.
+inline I pair_words(F first, F second) {
+  const __m512i words = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+  const __m512i low = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i order =
+      _mm512_or_si512(low, _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(16)), 16));
+  return _mm512_permutexvar_epi16(order, words);
 }
-inline I load_words(const uint32_t* p) { return _mm512_loadu_si512(p); }
-#else
-constexpr bool kBFloatDot = false;
+// The words of t (from rounded) at the low 4 bits of each word of index.
+inline I find_words(const WordTable& t, I index) {
+  return _mm512_permutexvar_epi16(index, t.words);
+}
+// Groups of 8 words in the order 1 5 0 4 3 7 2 6: see BFloatMath.
+inline I pair_order(I words) {
+  const __m512i order =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(2, 3, 10, 11, 0, 1, 8, 9, 6, 7, 14, 15, 4, 5, 12, 13));
+  return _mm512_shuffle_epi8(words, order);
+}
 #endif
 
 // The register tile of the matmuls: 24 accumulators, 4 weights and one activation of 32 registers.
 constexpr int kTileRows = 6;
 constexpr int kTileVectors = 4;
+// The tile of the streaming matmul: 24 accumulators, 2 weights, 2 of nibbles, the codes.
+constexpr int kStreamRows = 12;
+constexpr int kStreamVectors = 2;
 
 }  // namespace
 }  // namespace nf4::cpu

@@ -69,6 +69,11 @@ inline void store_bytes(uint8_t* p, I v) {
   for (int i = 0; i < kWidth; ++i) p[i] = static_cast<uint8_t>(v[i]);
 }
 
+// kWidth / 2 lanes of 64 bits.
+typedef uint64_t W __attribute__((vector_size(16)));
+// The full products of the low halves of each lane with b; the high halves are 0.
+inline W multiply_words(W a, uint32_t b) { return a * static_cast<uint64_t>(b); }
+
 // A table of 16 floats, looked up by the low 4 bits of each lane.
 struct Lookup16 {
   const float* values;
@@ -80,6 +85,8 @@ inline F find(const Lookup16& t, I i) {
 inline F gather(const float* table, I i) {
   return F{table[i[0]], table[i[1]], table[i[2]], table[i[3]]};
 }
+// table[index] for 8-bit indices.
+inline F lookup256(const float* table, I index) { return gather(table, index); }
 inline I load_bytes(const uint8_t* p) { return I{p[0], p[1], p[2], p[3]}; }
 
 // kPackStep ranks (their low 4 bits) to kPackStep / 2 bytes of codes, the first in the high nibble.
@@ -118,15 +125,20 @@ inline void store_table(const WordTable& t, Word* out) {
   std::memcpy(out, &t, sizeof t);
 }
 
-// kDecodeStep elements from kDecodeStep / 2 bytes.
+// Waits for stores that bypass the caches.
+inline void fence() {}
+
+// kDecodeStep elements from kDecodeStep / 2 bytes. kBypass: with stores that bypass the caches,
+// where the instruction set has them; out is then 64-byte aligned.
 constexpr int kDecodeStep = 8;
+template <bool kBypass>
 inline void decode(const uint8_t* packed, const FloatTable& t, float* out) {
   for (int i = 0; i < kDecodeStep / 2; ++i) {
     out[2 * i] = t.values[packed[i] >> 4];
     out[2 * i + 1] = t.values[packed[i] & 15];
   }
 }
-template <class Word>
+template <bool kBypass, class Word>
 inline void decode(const uint8_t* packed, const WordTable& t, Word* out) {
   for (int i = 0; i < kDecodeStep / 2; ++i) {
     out[2 * i].bits = t.words[packed[i] >> 4];
@@ -134,19 +146,29 @@ inline void decode(const uint8_t* packed, const WordTable& t, Word* out) {
   }
 }
 
-// dst[j * ld_dst + i] = src[i * ld_src + j] for i, j < kWidth.
+// dst[j * ld_dst + i] = src[i * ld_src + j] for i, j < kWidth. src need not be aligned.
 inline void transpose(const uint32_t* src, int64_t ld_src, uint32_t* dst, int64_t ld_dst) {
   for (int i = 0; i < kWidth; ++i) {
-    for (int j = 0; j < kWidth; ++j) dst[j * ld_dst + i] = src[i * ld_src + j];
+    uint32_t row[kWidth];
+    std::memcpy(row, reinterpret_cast<const char*>(src) + 4 * i * ld_src, sizeof row);
+    for (int j = 0; j < kWidth; ++j) dst[j * ld_dst + i] = row[j];
   }
 }
 
-// Whether pairs of bfloat16 can be multiplied and summed by one instruction.
-constexpr bool kBFloatDot = false;
+inline I load_dwords(const void* p) {
+  I v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+// Every lane shifted; what comes in at the top is never looked at.
+inline I shift_right(I v, int bits) { return v >> bits; }
 
 // The register tile of the matmuls: kTileRows x kTileVectors accumulators.
 constexpr int kTileRows = 4;
 constexpr int kTileVectors = 2;
+// The tile of the streaming matmul.
+constexpr int kStreamRows = 4;
+constexpr int kStreamVectors = 1;
 
 }  // namespace
 }  // namespace nf4::cpu

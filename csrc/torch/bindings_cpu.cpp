@@ -290,8 +290,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_lora_backward(
 
 // Runs tasks on torch's own pool. Threads take the next task when they are free, so a slow core
 // holds up at most one task, and whatever team the pool really gives does all of them.
-void on_torch_pool(int64_t tasks, nf4::cpu::TaskBody body, void* context) {
-  const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
+int64_t torch_threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
+
+void run_on_torch(int64_t tasks, nf4::cpu::TaskBody body, void* context) {
+  const int64_t threads = torch_threads();
   if (threads == 1 || tasks == 1) {
     for (int64_t i = 0; i < tasks; ++i) body(context, i);
     return;
@@ -302,7 +304,7 @@ void on_torch_pool(int64_t tasks, nf4::cpu::TaskBody body, void* context) {
   });
 }
 
-const bool kInjected = (nf4::cpu::set_parallel(on_torch_pool), true);
+const bool kInjected = (nf4::cpu::set_pool({run_on_torch, torch_threads}), true);
 
 void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("quantize", TORCH_BOX(&quantize));

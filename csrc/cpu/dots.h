@@ -1,0 +1,132 @@
+// The matmul for one to four rows of x: each row of W is read once, front to back, with its lanes
+// along the row, which needs no transposition and gives the memory one plain stream.
+#pragma once
+
+#include "gemm.h"
+
+namespace nf4::cpu {
+namespace {
+
+constexpr int64_t kDotRows = 4;
+// Rows of W taken together, so that x is loaded from the cache half as often.
+constexpr int kDotColumns = 2;
+
+// `columns` of C: a single one has no partner.
+inline bool can_dot(const Product& p, int64_t columns) {
+  return p.transposed && p.rows <= kDotRows && columns % kDotColumns == 0 && has_row_groups(p.b);
+}
+
+// x in the order that the nibbles of kWidth dwords come in: [chunk][row][part][lane], zero-padded.
+template <class Math>
+void arrange_dots(const Product& p, uint32_t* out) {
+  using Element = typename Math::Element;
+  constexpr int kWords = kChunk / Math::kDepth;
+  alignas(64) uint32_t chunk[kWords];
+  for (int64_t first = 0; first < p.depth; first += kChunk) {
+    const int64_t count = min(kChunk, p.depth - first);
+    for (int64_t r = 0; r < p.rows; ++r, out += kWords) {
+      std::memset(chunk, 0, sizeof chunk);
+      Math::arrange(p.a.dense, r * p.depth + first, count, reinterpret_cast<Element*>(chunk));
+      for (int lane = 0; lane < kWidth; ++lane) {
+        for (int part = 0; part < Math::kParts; ++part) {
+          out[part * kWidth + lane] = chunk[lane * Math::kParts + Math::lane_of_part(part)];
+        }
+      }
+    }
+  }
+}
+
+// sums[i][r] = x's row r times row i of W.
+template <class Math, int kRows>
+void dot_block(const uint8_t* packed,              // [kDotColumns, depth / 2]
+               int64_t depth,                      //
+               const uint32_t* x,                  // [chunk][kRows][kParts][kWidth]
+               const typename Math::Codes& codes,  //
+               const float* scales,                // [kDotColumns, scale_stride]
+               int64_t scale_stride, int block_shift, I scale_of_lane, float (*sums)[kRows]) {
+  constexpr int kWords = kChunk / Math::kDepth;
+  const int64_t row_bytes = depth / 2;
+  F total[kDotColumns][kRows];
+  for (auto& row : total) {
+    for (F& t : row) t = zero();
+  }
+  const auto step = [&](const uint8_t* bytes, int64_t stride, int64_t first) {
+    I lanes[kDotColumns];
+    F sum[kDotColumns][kRows];
+    for (int i = 0; i < kDotColumns; ++i) {
+      lanes[i] = load_dwords(bytes + i * stride);
+      for (F& s : sum[i]) s = zero();
+    }
+#pragma GCC unroll 8
+    for (int part = 0; part < Math::kParts; ++part) {
+      typename Math::Vector w[kDotColumns];
+      for (int i = 0; i < kDotColumns; ++i) w[i] = Math::part(codes, lanes[i], part);
+      for (int r = 0; r < kRows; ++r) {
+        const auto a = Math::load_b(x + r * kWords + part * kWidth);
+        for (int i = 0; i < kDotColumns; ++i) sum[i][r] = Math::multiply_add(a, w[i], sum[i][r]);
+      }
+    }
+    for (int i = 0; i < kDotColumns; ++i) {
+      const float* of_chunk = scales + i * scale_stride + (first >> block_shift);
+      const F scale = find(lookup16(of_chunk), scale_of_lane);
+      for (int r = 0; r < kRows; ++r) total[i][r] = fma(sum[i][r], scale, total[i][r]);
+    }
+    x += kRows * kWords;
+  };
+  int64_t first = 0;
+  const uint8_t* ahead = packed + kDotColumns * row_bytes;
+  for (; first + kChunk <= depth; first += kChunk) {
+    for (int i = 0; i < kDotColumns; ++i, ahead += kChunk / 2) __builtin_prefetch(ahead, 0, 3);
+    step(packed + first / 2, row_bytes, first);
+  }
+  if (first < depth) {
+    alignas(64) uint8_t rest[kDotColumns][kChunk / 2] = {};
+    for (int i = 0; i < kDotColumns; ++i) {
+      std::memcpy(rest[i], packed + i * row_bytes + first / 2,
+                  static_cast<size_t>(depth - first) / 2);
+    }
+    step(rest[0], kChunk / 2, first);
+  }
+  for (int i = 0; i < kDotColumns; ++i) {
+    for (int r = 0; r < kRows; ++r) sums[i][r] = sum(total[i][r]);
+  }
+}
+
+template <class Math, int kRows>
+void dot_rows(const Product& p, const uint32_t* x, int64_t column, int64_t columns, float* scales,
+              float* c) {
+  const Weight& weight = *p.b.weight;
+  const auto codes = Math::codes(format_of(weight.format));
+  const int64_t row_bytes = p.depth / 2, blocks = p.depth >> weight.block_shift;
+  const int64_t scale_stride = blocks + 16;  // what lookup16 reads past the last
+  int32_t lane_scales[kWidth];
+  for (int i = 0; i < kWidth; ++i) lane_scales[i] = (8 * i) >> weight.block_shift;
+  const I scale_of_lane = load_dwords(lane_scales);
+  for (int64_t i = 0; i < columns; i += kDotColumns) {
+    for (int64_t j = 0; j < kDotColumns; ++j) {
+      const int64_t block = (column + i + j) * blocks;
+      float* out = scales + j * scale_stride;
+      int64_t b = 0;
+      for (; b + kWidth <= blocks; b += kWidth) read_scales(weight, block + b, out + b);
+      for (; b < blocks; ++b) out[b] = block_scale(weight, block + b);
+    }
+    float sums[kDotColumns][kRows];
+    dot_block<Math, kRows>(weight.packed + (column + i) * row_bytes, p.depth, x, codes, scales,
+                           scale_stride, weight.block_shift, scale_of_lane, sums);
+    for (int64_t j = 0; j < kDotColumns; ++j) {
+      for (int r = 0; r < kRows; ++r) c[r * kTaskColumns + i + j] = sums[j][r];
+    }
+  }
+}
+
+template <class Math, int kRows = kDotRows>
+void dots(const Product& p, const uint32_t* x, int64_t column, int64_t columns, float* scales,
+          float* c) {
+  if constexpr (kRows > 0) {
+    if (p.rows == kRows) return dot_rows<Math, kRows>(p, x, column, columns, scales, c);
+    dots<Math, kRows - 1>(p, x, column, columns, scales, c);
+  }
+}
+
+}  // namespace
+}  // namespace nf4::cpu
