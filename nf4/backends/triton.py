@@ -29,8 +29,9 @@ from nf4.backends.triton_matmul import (
     lora_grad_a,
     lora_grad_y,
 )
+from nf4.backends.triton_optim import adamw_step
 
-__all__ = ["NAME", "unsupported"]
+__all__ = ["NAME", "adamw_step", "unsupported"]
 
 NAME = "triton"
 
