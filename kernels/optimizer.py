@@ -49,33 +49,32 @@ def _words(seed_ptr, first, BLOCKS: tl.constexpr):
 @triton.jit
 def _pointer(row_ptr, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """The address in one column of a parameter's row."""
-    address = tl.load(row_ptr + COLUMN)
+    pointer = tl.load(row_ptr + COLUMN).to(tl.pointer_type(DTYPE))
     if ALIGNED:
-        address = tl.multiple_of(address, 16)
-    return address.to(tl.pointer_type(DTYPE))
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @triton.jit
-def adamw_kernel(
-    table_ptr,  # [params, 8] int64: six addresses, numel, first random word
-    tiles_ptr,  # [programs, 2] int32: parameter, and tile within it
-    hyper_ptr,  # [8] float32
-    seed_ptr,  # [1] int64, or None: round to nearest
-    skipped_ptr,  # [1] int64
-    map1_ptr,  # [256] float32
-    map2_ptr,  # [256] float32
-    threshold1_ptr,  # [255] float32
-    threshold2_ptr,  # [255] float32
+def _step_tile(
+    row_ptr,
+    tile,
+    numel,
+    hyper_ptr,
+    seed_ptr,
+    skipped_ptr,
+    map1_ptr,
+    map2_ptr,
+    threshold1_ptr,
+    threshold2_ptr,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
-    QUANTIZED: tl.constexpr,  # 8-bit moments, else float32
-    ALIGNED: tl.constexpr,  # every address is a multiple of 16
-    BLOCKS: tl.constexpr,  # of a tile
+    QUANTIZED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WHOLE: tl.constexpr,  # the tile ends within the parameter
 ):
-    pid = tl.program_id(0)
-    row_ptr = table_ptr + tl.load(tiles_ptr + 2 * pid).to(tl.int64) * 8
-    tile = tl.load(tiles_ptr + 2 * pid + 1).to(tl.int64)
-    numel = tl.load(row_ptr + 6)
+    """Step BLOCKS blocks of one parameter."""
     STATE: tl.constexpr = tl.uint8 if QUANTIZED else tl.float32
     p_ptr = _pointer(row_ptr, 0, PARAM, ALIGNED)
     g_ptr = _pointer(row_ptr, 1, GRAD, ALIGNED)
@@ -89,9 +88,10 @@ def adamw_kernel(
     decay, step_size = tl.load(hyper_ptr + 6), tl.load(hyper_ptr + 7)
 
     block = tile * BLOCKS + tl.arange(0, BLOCKS)  # [BLOCKS]
-    exists = block * BLOCK_SIZE < numel
     element = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
-    mask = element < numel
+    exists = block * BLOCK_SIZE < numel
+    # A mask that differs between neighbours would split every access.
+    mask = tl.broadcast_to(exists[:, None], element.shape) if WHOLE else element < numel
     p = tl.load(p_ptr + element, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + element, mask=mask, other=0.0).to(tl.float32)
     if QUANTIZED:
@@ -139,3 +139,36 @@ def adamw_kernel(
     else:
         tl.store(state1_ptr + element, m, mask=mask)
         tl.store(state2_ptr + element, v, mask=mask)
+
+
+@triton.jit
+def adamw_kernel(
+    table_ptr,  # [params, 8] int64: six addresses, numel, first random word
+    tiles_ptr,  # [programs, 2] int32: parameter, and tile within it
+    hyper_ptr,  # [8] float32
+    seed_ptr,  # [1] int64, or None: round to nearest
+    skipped_ptr,  # [1] int64
+    map1_ptr,  # [256] float32
+    map2_ptr,  # [256] float32
+    threshold1_ptr,  # [255] float32
+    threshold2_ptr,  # [255] float32
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    QUANTIZED: tl.constexpr,  # 8-bit moments, else float32
+    ALIGNED: tl.constexpr,  # every address is a multiple of 16
+    BLOCKS: tl.constexpr,  # of a tile
+):
+    pid = tl.program_id(0)
+    row_ptr = table_ptr + tl.load(tiles_ptr + 2 * pid).to(tl.int64) * 8
+    tile = tl.load(tiles_ptr + 2 * pid + 1).to(tl.int64)
+    numel = tl.load(row_ptr + 6)
+    if (tile + 1) * (BLOCKS * BLOCK_SIZE) <= numel:
+        _step_tile(
+            row_ptr, tile, numel, hyper_ptr, seed_ptr, skipped_ptr, map1_ptr, map2_ptr,
+            threshold1_ptr, threshold2_ptr, PARAM, GRAD, QUANTIZED, ALIGNED, BLOCKS, True,
+        )  # fmt: skip
+    else:
+        _step_tile(
+            row_ptr, tile, numel, hyper_ptr, seed_ptr, skipped_ptr, map1_ptr, map2_ptr,
+            threshold1_ptr, threshold2_ptr, PARAM, GRAD, QUANTIZED, ALIGNED, BLOCKS, False,
+        )  # fmt: skip
