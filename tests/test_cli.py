@@ -69,7 +69,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluate(model: Path, folder: Path, *more: object) -> list[dict[str, Any]]:
-    words = ("--data", folder / "text.txt", "--max-length", 64, "--max-windows", 4, "--json", *more)
+    """The rows of ``nf4 eval`` on the pairs, which are what the adapter learned."""
+    words = (
+        "--data",
+        folder / "pairs.jsonl",
+        "--max-length",
+        64,
+        "--max-windows",
+        4,
+        "--json",
+        *more,
+    )
     return json.loads(run("eval", "--model", model, *words).stdout)
 
 
@@ -77,7 +87,7 @@ def evaluate(model: Path, folder: Path, *more: object) -> list[dict[str, Any]]:
 def adapter(folder: Path) -> Path:
     """An adapter trained for a few steps, which moved the model."""
     output = folder / "adapter"
-    words = ("--output", output, "--max_steps", 4, "--save_steps", 2, "--learning_rate", 0.1)
+    words = ("--output", output, "--max_steps", 12, "--save_steps", 6, "--learning_rate", 0.05)
     done = run("finetune", "--model", folder / "base", "--data", folder / "pairs.jsonl", *words)
     assert "adapter saved; loss" in done.stdout
     assert "\r" not in done.stdout + done.stderr  # fit for a pipe
@@ -153,7 +163,7 @@ def test_generate_streams_one_prompt_and_batches_a_file(folder: Path, adapter: P
 def test_merges_keep_what_the_adapter_learned(folder: Path, adapter: Path, tmp_path: Path) -> None:
     base = ("--model", folder / "base", "--adapter", adapter)
     _, quantized, adapted = evaluate(folder / "base", folder, "--adapter", adapter)
-    assert abs(adapted["loss"] - quantized["loss"]) > 0.05
+    assert adapted["loss"] < quantized["loss"] - 0.1
     run("merge", *base, "--output", tmp_path / "m16")
     assert "quantization_config" not in json.loads((tmp_path / "m16/config.json").read_text())
     run("merge", *base, "--output", tmp_path / "m4", "--into", "nf4")

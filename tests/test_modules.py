@@ -189,3 +189,21 @@ def test_bad_settings_are_refused() -> None:
         nf4.NF4Config(block_size=48)
     with pytest.raises(ValueError, match="format must be one of nf4, fp4, dynamic8"):
         nf4.NF4Config(format="int4")
+
+
+def test_compiles_without_a_graph_break() -> None:
+    layer = _layer(block_size=64, double_quant=True, format="nf4").train()
+    x = torch.randn(3, 100, requires_grad=True)
+
+    def step(module: nn.Module) -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        layer.zero_grad()
+        x.grad = None
+        y = module(x)
+        y.square().sum().backward()
+        return [y.detach(), x.grad, layer.lora_A.grad, layer.lora_B.grad]
+
+    expected = step(layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for got, want in zip(step(compiled), expected, strict=True):
+        torch.testing.assert_close(got, want)
