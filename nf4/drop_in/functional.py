@@ -40,6 +40,7 @@ class QuantState:
         self.shape = None if shape is None else torch.Size(shape)
         self.blocksize, self.quant_type, self.dtype = blocksize, quant_type, dtype
         self.offset, self.state2 = offset, state2
+        self._checked = False
 
     @property
     def nested(self) -> bool:
@@ -57,24 +58,19 @@ class QuantState:
                 blocksize=NESTED_BLOCK_SIZE,
                 dtype=torch.float32,
             )
-        return cls(
+        state = cls(
             q.absmax, q.shape, _table(q.format, q.device), q.block_size, q.format, q.dtype,
             q.offset, state2,
         )  # fmt: skip
+        state._checked = True
+        return state
 
     def to_quantized(self, codes: Tensor) -> QuantizedTensor:
         """``codes`` with this state, over the same memory. Raises ValueError for another table."""
         format = self.quant_type or DYNAMIC8.name
-        nested_absmax = None
-        if self.state2 is not None:
-            if self.state2.blocksize != NESTED_BLOCK_SIZE:
-                raise ValueError(
-                    f"nf4.drop_in: state2.blocksize must be {NESTED_BLOCK_SIZE}, "
-                    f"got {self.state2.blocksize}"
-                )
-            _check_table(self.state2.code, DYNAMIC8.name)
-            nested_absmax = self.state2.absmax
-        _check_table(self.code, format)
+        if not self._checked:
+            self._check(format)
+        nested_absmax = None if self.state2 is None else self.state2.absmax
         shape = codes.shape if self.shape is None else self.shape
         packed = codes.contiguous().view(torch.uint8).reshape(-1, 1)
         assert self.blocksize is not None
@@ -82,6 +78,18 @@ class QuantState:
             packed, self.absmax, nested_absmax, self.offset, shape,
             self.dtype or torch.float32, self.blocksize, format,
         )  # fmt: skip
+
+    def _check(self, format: str) -> None:
+        # Once for a state that a script built: reading tables costs a synchronization on a GPU.
+        if self.state2 is not None:
+            if self.state2.blocksize != NESTED_BLOCK_SIZE:
+                raise ValueError(
+                    f"nf4.drop_in: state2.blocksize must be {NESTED_BLOCK_SIZE}, "
+                    f"got {self.state2.blocksize}"
+                )
+            _check_table(self.state2.code, DYNAMIC8.name)
+        _check_table(self.code, format)
+        self._checked = True
 
     def to(self, device: torch.device | str) -> None:
         """Move the tensors, in place as bitsandbytes does."""

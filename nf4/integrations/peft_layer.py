@@ -106,7 +106,7 @@ class LoraNF4(PeftLinear):
             return "lora_bias"
         if not (_is_plain(self.lora_A[name]) and _is_plain(self.lora_B[name])):
             return "lora_A or lora_B is wrapped or hooked"
-        if type(self.base_layer) is not NF4Linear or _has_hooks(self.base_layer):
+        if not isinstance(self.base_layer, NF4Linear) or _has_hooks(self.base_layer):
             return "the base layer is wrapped or hooked"
         if type(self.lora_dropout[name]) not in (nn.Dropout, nn.Identity):
             return "a dropout that is not nn.Dropout"
