@@ -32,9 +32,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from nf4.backends import namespace
 from nf4.optim import state as states
-from nf4.optim.launch import Launch, hyper_on_device, hyper_values, local_tensor, to_device
+from nf4.optim.launch import Launch, local_tensor
+from nf4.optim.pager import Pager, memory_of
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -94,6 +94,7 @@ class AdamW(torch.optim.Optimizer):
             optim_bits = self._fixed_bits
         self.is_paged = is_paged or self._fixed_paged
         self._skipped: dict[torch.device, Tensor] = {}
+        self._pagers: dict[torch.device, Pager | None] = {}
         self._warned_skip = False
         defaults = {
             "lr": lr,
@@ -156,10 +157,12 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._place_new_states()
+        launches: list[Launch] = []
         first_word = 0
-        fresh_steps: dict[torch.device, Tensor] = {}
         for group in self.param_groups:
-            launches: dict[tuple[torch.device, int], Launch] = {}
+            by_step: dict[tuple[torch.device, int], Launch] = {}
+            fresh_steps: dict[torch.device, Tensor] = {}
             for p in group["params"]:
                 offset, first_word = first_word, first_word + -(-p.numel() // 4) * 4
                 if p.grad is None:
@@ -169,11 +172,24 @@ class AdamW(torch.optim.Optimizer):
                 state = self._state_of(p, group, fresh_steps)
                 step = state["step"]
                 counter = id(step) if isinstance(step, Tensor) else step
-                launches.setdefault((p.device, counter), Launch(step)).add(p, state, offset)
-            for (device, _), launch in launches.items():
-                self._run(launch, group, device)
+                launch = by_step.setdefault((p.device, counter), Launch(p.device, step))
+                launch.add(p, state, offset, self._is_paged(p))
+            for (device, _), launch in by_step.items():
+                zero = torch.zeros(1, dtype=torch.int64, device=device)
+                launch.prepare(group, self._skipped.setdefault(device, zero))
+                launches.append(launch)
+        for launch in launches:
+            launch.call()
+        for device, pager in self._pagers.items():
+            if pager is not None:
+                pager.run([launch for launch in launches if launch.device == device])
+        for launch in launches:
+            launch.finish()
         self._warn_of_skipped(("cpu",))
         return loss
+
+    def _bits(self, p: Tensor, group: dict[str, Any]) -> int:
+        return group["optim_bits"] if p.numel() >= group["min_8bit_size"] else 32
 
     def _state_of(
         self, p: Tensor, group: dict[str, Any], fresh_steps: dict[torch.device, Tensor]
@@ -185,32 +201,40 @@ class AdamW(torch.optim.Optimizer):
                 # Parameters that start together share a counter, and so stay in one launch.
                 zero = torch.zeros((), dtype=torch.int64, device=p.device)
                 step = fresh_steps.setdefault(p.device, zero)
-            bits = group["optim_bits"] if p.numel() >= group["min_8bit_size"] else 32
-            state.update(step=step, **states.new_state(local_tensor(p), bits))
+            state.update(step=step, **states.new_state(local_tensor(p), self._bits(p, group)))
         return state
 
-    def _run(self, launch: Launch, group: dict[str, Any], device: torch.device) -> None:
-        if device not in self._skipped:
-            self._skipped[device] = torch.zeros(1, dtype=torch.int64, device=device)
-        step = launch.step
-        if isinstance(step, Tensor):
-            step += 1
-            hyper = hyper_on_device(group, step)
-            seed = (step + (group["seed"] << 32)).view(1)
-        else:
-            step += 1
-            hyper = to_device(torch.tensor(hyper_values(group, step), dtype=torch.float32), device)
-            seed = to_device(torch.tensor([(group["seed"] << 32) + step]), device)
-        getattr(torch.ops, namespace()).adamw_step(
-            launch.params,
-            launch.grads,
-            *launch.moments,
-            hyper,
-            seed if group["stochastic_rounding"] else None,
-            launch.offsets,
-            self._skipped[device],
-        )
-        launch.finish(step)
+    def _place_new_states(self) -> None:
+        """Give parameters that begin now their place in host memory, where they need one."""
+        if not self.is_paged:
+            return  # spares the walk
+        new: dict[torch.device, list[tuple[Tensor, int]]] = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and not self.state[p]:
+                    new.setdefault(p.device, []).append((p, self._bits(p, group)))
+        for device, params in new.items():
+            pager = self._pager(device)
+            if pager is not None:
+                for p, tensors in pager.place(params).items():
+                    self.state[p].update(step=0, **tensors)
+
+    def _pager(self, device: torch.device) -> Pager | None:
+        if not self.is_paged:
+            return None
+        if device not in self._pagers:
+            memory = memory_of(device)
+            self._pagers[device] = None if memory is None else Pager(memory)
+        return self._pagers[device]
+
+    def _is_paged(self, p: Tensor) -> bool:
+        pager = self._pagers.get(p.device)
+        return pager is not None and p in pager
+
+    def _flush(self) -> None:
+        for pager in self._pagers.values():
+            if pager is not None:
+                pager.flush()
 
     def _warn_of_skipped(self, device_types: tuple[str, ...]) -> None:
         if self._warned_skip:
@@ -227,6 +251,7 @@ class AdamW(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state as bitsandbytes' AdamW8bit writes it; see ``nf4.optim.state``."""
         self._warn_of_skipped(("cpu", "cuda"))
+        self._flush()
         packed = super().state_dict()
         packed["state"] = {key: states.to_checkpoint(s) for key, s in packed["state"].items()}
         return packed
@@ -250,13 +275,17 @@ class AdamW(torch.optim.Optimizer):
         if sizes != saved_sizes:
             raise ValueError(f"{where}: group sizes must be {sizes}, got {saved_sizes}")
         loaded: dict[Any, dict[str, Any]] = {}
-        shared_steps: dict[tuple[torch.device, int], Tensor] = {}
         for group, saved in zip(self.param_groups, saved_groups, strict=True):
+            shared_steps: dict[tuple[torch.device, int], Tensor] = {}
             for key, p in zip(saved["params"], group["params"], strict=True):
                 if key not in state_dict["state"]:
                     continue
+                # Through host memory where not all may fit the device.
+                device = torch.device("cpu") if self._pager(p.device) else p.device
                 entry = state_dict["state"][key]
-                state = states.from_checkpoint(entry, local_tensor(p), f"{where}: state {key}")
+                state = states.from_checkpoint(
+                    entry, local_tensor(p), device, f"{where}: state {key}"
+                )
                 if saved.get("capturable", group["capturable"]):
                     step = torch.tensor(state["step"], device=p.device)
                     state["step"] = shared_steps.setdefault((p.device, state["step"]), step)
@@ -265,17 +294,38 @@ class AdamW(torch.optim.Optimizer):
             for key in ("param_names", *self.defaults):
                 if key in group:
                     saved.setdefault(key, group[key])
+        self._pagers.clear()
         self.__setstate__({"state": defaultdict(dict, loaded), "param_groups": saved_groups})
+        self._place_loaded_states()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
+    def _place_loaded_states(self) -> None:
+        """Move states to their parameters' devices, or to pages where they do not fit."""
+        loaded: dict[torch.device, list[tuple[Tensor, int]]] = {}
+        for p, state in self.state.items():
+            if isinstance(p, Tensor) and state:
+                loaded.setdefault(p.device, []).append((p, 8 if "absmax1" in state else 32))
+        for device, params in loaded.items():
+            pager = self._pager(device)
+            placed = {} if pager is None else pager.place(params)
+            for p, _ in params:
+                state = self.state[p]
+                for name in states.tensor_names(state):
+                    if p in placed:
+                        state[name] = placed[p][name].copy_(state[name])
+                    else:
+                        state[name] = state[name].to(device)
+
     def __getstate__(self) -> dict[str, Any]:
+        self._flush()
         return {**super().__getstate__(), "is_paged": self.is_paged}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_skipped", {})
-        self.__dict__.setdefault("_warned_skip", False)
+        if "_pagers" not in self.__dict__:  # a copy, or from a pickle
+            self._skipped, self._pagers, self._warned_skip = {}, {}, False
+            self._place_loaded_states()
 
 
 class AdamW8bit(AdamW):

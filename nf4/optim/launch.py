@@ -8,43 +8,107 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nf4.backends import namespace
+from nf4.optim.paging import Page
+
 
 class Launch:
     """The arguments of one kernel launch: parameters of one device that took as many steps."""
 
-    def __init__(self, step: int | Tensor) -> None:
+    def __init__(self, device: torch.device, step: int | Tensor) -> None:
+        self.device = device
         self.step = step
-        self.params: list[Tensor] = []
-        self.grads: list[Tensor] = []
-        # state1, state2, absmax1, absmax2
-        self.moments: tuple[list[Tensor], ...] = ([], [], [], [])
-        self.offsets: list[int] = []
+        # By parameter whose state is paged: parameter, gradient, first random word.
+        self.paged: dict[Tensor, tuple[Tensor, Tensor, int]] = {}
+        self._lists = _Lists()
         self._states: list[dict[str, Any]] = []
         self._strided: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, p: Tensor, state: dict[str, Any], offset: int) -> None:
+    def add(self, p: Tensor, state: dict[str, Any], offset: int, paged: bool) -> None:
         """Take the parameter ``p``, which has a gradient; ``offset`` is its first random word."""
         assert p.grad is not None
         target = local_tensor(p)
         dense = target.detach().contiguous()
         if dense.data_ptr() != target.data_ptr():
             self._strided.append((target, dense))
-        self.params.append(dense)
-        self.grads.append(local_tensor(p.grad).detach().contiguous())
-        self.moments[0].append(state["state1"])
-        self.moments[1].append(state["state2"])
-        empty = self.params[0].new_empty(0, dtype=torch.float32)
-        self.moments[2].append(state.get("absmax1", empty))
-        self.moments[3].append(state.get("absmax2", empty))
-        self.offsets.append(offset)
+        grad = local_tensor(p.grad).detach().contiguous()
+        if paged:
+            self.paged[p] = (dense, grad, offset)
+        else:
+            self._lists.append(dense, grad, state, offset)
         self._states.append(state)
 
-    def finish(self, step: int | Tensor) -> None:
+    def prepare(self, group: dict[str, Any], skipped: Tensor) -> None:
+        """Count the step and compute its scalars."""
+        if isinstance(self.step, Tensor):
+            self.step += 1
+            self._hyper = hyper_on_device(group, self.step)
+            seed = (self.step + (group["seed"] << 32)).view(1)
+        else:
+            self.step += 1
+            values = torch.tensor(hyper_values(group, self.step), dtype=torch.float32)
+            self._hyper = to_device(values, self.device)
+            seed = to_device(torch.tensor([(group["seed"] << 32) + self.step]), self.device)
+        self._seed = seed if group["stochastic_rounding"] else None
+        self._skipped = skipped
+
+    def call(self) -> None:
+        """Step the parameters whose state is on the device."""
+        self._call(self._lists)
+
+    def call_page(self, page: Page, buffer: Tensor) -> None:
+        """Step what belongs to this launch of a page that lies in ``buffer``."""
+        lists = _Lists()
+        for index, segment in enumerate(page.segments):
+            if segment.key in self.paged:
+                dense, grad, offset = self.paged[segment.key]
+                part = slice(segment.first, segment.last)
+                state = page.views(index, buffer)
+                lists.append(
+                    dense.view(-1)[part], grad.view(-1)[part], state, offset + segment.first
+                )
+        self._call(lists)
+
+    def _call(self, lists: _Lists) -> None:
+        if not lists.params:
+            return
+        getattr(torch.ops, namespace()).adamw_step(
+            lists.params,
+            lists.grads,
+            *lists.moments,
+            self._hyper,
+            self._seed,
+            lists.offsets,
+            self._skipped,
+        )
+
+    def finish(self) -> None:
         """Copy strided parameters back and record the step count."""
         for target, dense in self._strided:
             target.copy_(dense)
         for state in self._states:
-            state["step"] = step
+            state["step"] = self.step
+
+
+class _Lists:
+    """The tensor lists of the op."""
+
+    def __init__(self) -> None:
+        self.params: list[Tensor] = []
+        self.grads: list[Tensor] = []
+        # state1, state2, absmax1, absmax2
+        self.moments: tuple[list[Tensor], ...] = ([], [], [], [])
+        self.offsets: list[int] = []
+
+    def append(self, p: Tensor, grad: Tensor, state: dict[str, Any], offset: int) -> None:
+        self.params.append(p)
+        self.grads.append(grad)
+        empty = p.new_empty(0, dtype=torch.float32)
+        for moments, name in zip(
+            self.moments, ("state1", "state2", "absmax1", "absmax2"), strict=True
+        ):
+            moments.append(state.get(name, empty))
+        self.offsets.append(offset)
 
 
 def local_tensor(t: Tensor) -> Tensor:

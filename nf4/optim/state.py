@@ -55,20 +55,24 @@ def _code_table(name: str, device: torch.device) -> Tensor:
 
 
 def to_checkpoint(state: dict[str, Any]) -> dict[str, Any]:
-    """The checkpoint entry of one parameter's state. Shares its tensors."""
-    tensors = {name: state[name] for name in _tensor_names(state)}
+    """The checkpoint entry of one parameter's state. Shares its tensors, unless they are paged."""
+    tensors = {name: state[name] for name in tensor_names(state)}
+    if tensors["state1"].untyped_storage().nbytes() != tensors["state1"].nbytes:
+        # torch.save refuses tensors of several dtypes in one storage, and would write all of it.
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     if "absmax1" in tensors:
         tensors |= {name: _code_table(name, tensors["state1"].device) for name in _MAPS}
     step = state["step"]
     return {"step": int(step), NESTED_KEY: tensors}
 
 
-def _tensor_names(state: dict[str, Any]) -> list[str]:
+def tensor_names(state: dict[str, Any]) -> list[str]:
+    """The keys of a parameter's state that hold tensors of its own."""
     return [name for name in ("state1", "state2", "absmax1", "absmax2") if name in state]
 
 
-def from_checkpoint(entry: Any, param: Tensor, where: str) -> dict[str, Any]:
-    """The state of ``param`` from its checkpoint entry, copied to its device.
+def from_checkpoint(entry: Any, param: Tensor, device: torch.device, where: str) -> dict[str, Any]:
+    """The state of ``param`` from its checkpoint entry, copied to ``device``.
 
     Raises ValueError, opening with ``where``, for a missing key, a wrong shape or dtype, another
     code table, or scales and moments that are not finite.
@@ -88,7 +92,7 @@ def from_checkpoint(entry: Any, param: Tensor, where: str) -> dict[str, Any]:
     for name, (n, dtype) in layout(param.numel(), 8 if quantized else 32).items():
         shape = tuple(param.shape) if name.startswith("state") else (n,)
         value = _checked(flat, name, shape, dtype, where)
-        state[name] = torch.empty(shape, dtype=dtype, device=param.device).copy_(value)
+        state[name] = torch.empty(shape, dtype=dtype, device=device).copy_(value)
     if quantized:
         for name, fmt in _MAPS.items():
             table = flat.get(name)
