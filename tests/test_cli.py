@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_folder import write_checkpoint
 
 from nf4 import cli
 
@@ -41,30 +42,8 @@ def run(*words: object, fails: bool = False, **env: str) -> subprocess.Completed
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with its tokenizer (base/), texts and instruction pairs."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from nf4.cli.demo_corpus import train_tokenizer
-
     folder = tmp_path_factory.mktemp("cli")
-    text = " ".join(f"the quick brown fox number {i} jumps over lazy dogs." for i in range(300))
-    tokenizer = train_tokenizer(text, 400)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=len(tokenizer),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    (folder / "text.txt").write_text(text[:2000])
-    rows = [{"instruction": f"say {i}", "output": f"fox {i}"} for i in range(16)]
-    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_checkpoint(folder, "base")
     return folder
 
 

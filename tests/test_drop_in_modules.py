@@ -82,7 +82,7 @@ def test_functions_agree_with_bitsandbytes(quant_type: str, nested: bool, dtype:
     decoded = ours.dequantize_4bit(codes, state)
     their_decoded = theirs.dequantize_4bit(their_codes, their_state)
     assert decoded.dtype is dtype
-    # The nested offset may be an ulp from theirs, which moves a scale to the next code now and then.
+    # The nested offset may be an ulp from theirs, which moves a scale to the next code at times.
     error = (decoded.float() - their_decoded.float()).abs().max()
     assert error <= (0.03 if nested else 0.01) * their_decoded.float().abs().max()
 
