@@ -260,3 +260,71 @@ def test_sharded_checkpoint(tmp_path: Path) -> None:
     assert len(list((tmp_path / "4bit").glob("*.safetensors"))) > 3
     ids = token_ids()
     assert torch.equal(logits(load(tmp_path / "4bit", **OURS), ids), logits(model, ids))
+
+
+@pytest.mark.parametrize("offload_buffers", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "qwen3-moe"])
+def test_part_on_disk(kind: str, offload_buffers: bool, tmp_path: Path) -> None:
+    """A layer on disk computes and saves the same; dequantize() asks for it in memory."""
+    model = quantized(save_model(kind, tmp_path / "16bit"), kind)
+    model.save_pretrained(tmp_path / "4bit")
+    parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    offloaded = load(
+        tmp_path / "4bit",
+        kind,
+        device_map={**dict.fromkeys(parts, "cpu"), "model.layers.1": "disk"},
+        offload_folder=tmp_path / "offload",
+        offload_buffers=offload_buffers,
+        **OURS,
+    )
+    layer = offloaded.model.layers[1].self_attn.q_proj
+    assert layer.weight.is_meta and layer.weight_absmax.is_meta == offload_buffers
+    ids = token_ids()
+    assert torch.equal(logits(offloaded, ids), logits(model, ids))
+    offloaded.save_pretrained(tmp_path / "again")
+    assert_same_files(tmp_path / "4bit", tmp_path / "again")
+    with pytest.raises(ValueError, match=r"needs all weights in memory, model\.layers\.1"):
+        offloaded.dequantize()
+
+
+def test_automatic_device_map(tmp_path: Path) -> None:
+    """Sizes are those of the packed weights once they are packed, and foreseen before."""
+    saved = save_model("llama", tmp_path / "16bit")
+    ids = token_ids()
+    model = load(saved, device_map="auto", **OURS)
+    model.save_pretrained(tmp_path / "4bit")
+    size = model.get_memory_footprint()
+    # All of it fits into its own size (transformers keeps a tenth of a device free), 16-bit not.
+    fits = load(saved, device_map="auto", max_memory={"cpu": int(size / 0.85)}, **OURS)
+    assert not any(p.is_meta for p in fits.parameters())
+    split = load(
+        tmp_path / "4bit",
+        device_map="auto",
+        max_memory={"cpu": int(0.8 * size)},
+        offload_folder=tmp_path / "offload",
+        **OURS,
+    )
+    assert any(p.is_meta for p in split.parameters())
+    assert torch.equal(logits(split, ids), logits(model, ids))
+
+
+@pytest.mark.parametrize("form", ["bin", "state dict"])
+def test_weights_from_elsewhere(form: str, tmp_path: Path) -> None:
+    """Old .bin files, and tensors in memory, which have no headers to read."""
+    from transformers import AutoConfig, LlamaForCausalLM
+
+    model = quantized(save_model("llama", tmp_path / "16bit"))
+    model.save_pretrained(tmp_path / "4bit")
+    ids = token_ids()
+    for source in ("16bit", "4bit"):
+        tensors = load_file(tmp_path / source / "model.safetensors")
+        if form == "bin":
+            (tmp_path / source / "model.safetensors").unlink()
+            torch.save(tensors, tmp_path / source / "pytorch_model.bin")
+            loaded = load(tmp_path / source, **OURS)
+        else:
+            config = AutoConfig.from_pretrained(tmp_path / source)
+            loaded = LlamaForCausalLM.from_pretrained(
+                None, config=config, state_dict=tensors, **OURS
+            )
+        assert torch.equal(logits(loaded, ids), logits(model, ids))

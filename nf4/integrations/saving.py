@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -38,12 +39,28 @@ def stored_state_dict(model: Any, storage: torch.dtype) -> dict[str, Tensor]:
         elif isinstance(module, NF4Experts):
             for key in [*module._parameters, *module._buffers]:
                 state.pop(f"{name}.{key}", None)
+            module = _in_memory(model, name, module)
             for parameter, keys in expert_keys(model, name).items():
                 for expert in range(module.num_experts):
                     for index, key in enumerate(keys):
                         q = module.q(parameter, expert, index)
                         state.update(q.state_dict(key.format(expert)))
     return state
+
+
+def _in_memory(model: Any, name: str, module: NF4Experts) -> NF4Experts:
+    """The experts themselves, or a copy with the tensors that are offloaded to disk."""
+    tensors = {**module._parameters, **module._buffers}
+    offloaded = [key for key, t in tensors.items() if t is not None and t.is_meta]
+    if not offloaded:
+        return module
+    from transformers.integrations.accelerate import load_offloaded_parameter
+
+    copied = copy.copy(module)
+    copied._parameters, copied._buffers = dict(module._parameters), dict(module._buffers)
+    read = {key: load_offloaded_parameter(model, f"{name}.{key}") for key in offloaded}
+    copied.set_tensors(read)
+    return copied
 
 
 def _own_keys(module: QuantizedWeight) -> list[str]:
