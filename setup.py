@@ -145,7 +145,7 @@ class BuildNative(build_ext):
         run([[library.link[0], *objects, *library.link[1:], "-o", str(target)]])
 
     def copy_extensions_to_source(self) -> None:
-        """Put the libraries into nf4/ by renaming: a running process may have the old one mapped."""
+        """Put the libraries into nf4/ by renaming: a process may have the old one mapped."""
         for ext in self.extensions:
             target = ROOT / self.get_ext_filename(ext.name)
             fresh = target.with_name(target.name + ".new")

@@ -20,6 +20,14 @@ template <class Word>
 inline WordTable decode_table(const Lookup16& codes, float scale, Word*) {
   return rounded(scaled(codes, scale), Word{});
 }
+#if NF4_ISA >= NF4_ISA_AVX512_BF16
+inline WordTable decode_table(const Lookup16& codes, float scale, BFloat*) {
+  const FloatTable table = scaled(codes, scale);
+  // The instruction flushes subnormals; codes are at least 2^-9, or 0.
+  const float size = scale < 0 ? -scale : scale;
+  return size > 0x1p-100f && size < 0x1p100f ? rounded_normal(table) : rounded(table, BFloat{});
+}
+#endif
 
 // Elements [first, first + count) of one block of a 4-bit format.
 template <bool kBypass, class T>

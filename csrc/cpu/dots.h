@@ -1,5 +1,5 @@
-// The matmul for one to four rows of x: each row of W is read once, front to back, with its lanes
-// along the row, which needs no transposition and gives the memory one plain stream.
+// The matmul for the fewest rows of x: a row of W is read front to back with lanes along the row,
+// which needs no transposition and gives the memory one plain stream.
 #pragma once
 
 #include "gemm.h"
@@ -7,13 +7,14 @@
 namespace nf4::cpu {
 namespace {
 
-constexpr int64_t kDotRows = 4;
 // Rows of W taken together, so that x is loaded from the cache half as often.
 constexpr int kDotColumns = 2;
 
 // `columns` of C: a single one has no partner.
-inline bool can_dot(const Product& p, int64_t columns) {
-  return p.transposed && p.rows <= kDotRows && columns % kDotColumns == 0 && has_row_groups(p.b);
+template <class Math>
+bool can_dot(const Product& p, int64_t columns) {
+  return p.transposed && p.rows <= Math::kDotRows && columns % kDotColumns == 0 &&
+         has_row_groups(p.b);
 }
 
 // x in the order that the nibbles of kWidth dwords come in: [chunk][row][part][lane], zero-padded.
@@ -119,7 +120,8 @@ void dot_rows(const Product& p, const uint32_t* x, int64_t column, int64_t colum
   }
 }
 
-template <class Math, int kRows = kDotRows>
+// c[rows, columns] = the product. x comes from arrange_dots.
+template <class Math, int kRows = Math::kDotRows>
 void dots(const Product& p, const uint32_t* x, int64_t column, int64_t columns, float* scales,
           float* c) {
   if constexpr (kRows > 0) {

@@ -38,7 +38,7 @@ inline void load_nibbles(const Operand& b, int64_t row, int64_t rows, int64_t fi
   const int64_t row_bytes = b.columns / 2;
   const uint8_t* src = b.weight->packed + row * row_bytes + first / 2;
   if (rows >= kWidth && depth >= kChunk) {
-    for (int64_t r = 0; r < kWidth; ++r) {
+    for (int64_t r = 0; prefetch > 0 && r < kWidth; ++r) {
       __builtin_prefetch(src + r * row_bytes + prefetch, 0, 2);
     }
     return transpose(reinterpret_cast<const uint32_t*>(src), row_bytes / 4, dst, kWidth);

@@ -44,9 +44,10 @@ void rank_elements(const T* x, int64_t count, float scale, bool divide, const Fo
   if (i < count) {
     T last[kWidth] = {};
     uint8_t out[kWidth];
-    for (int64_t j = i; j < count; ++j) last[j - i] = x[j];
+    const auto rest = static_cast<size_t>(count - i);
+    std::memcpy(last, x + i, rest * sizeof *x);
     ranks(load(last), out);
-    for (int64_t j = i; j < count; ++j) leaves[j] = out[j - i];
+    std::memcpy(leaves + i, out, rest);
   }
 }
 

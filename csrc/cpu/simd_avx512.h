@@ -198,6 +198,10 @@ inline I shift_right(I v, int bits) { return _mm512_srli_epi32(v, static_cast<un
 #if NF4_ISA >= NF4_ISA_AVX512_BF16
 // c + the products of the two bfloat16 in each 32-bit lane.
 inline F dot_pairs(F c, I a, I b) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+// rounded() to bfloat16 of values that are normal, or zero.
+inline WordTable rounded_normal(const FloatTable& t) {
+  return {_mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(t.values))};
+}
 // Lane i holds first[i] and, above it, second[i] as bfloat16.
 inline I pair_words(F first, F second) {
   const __m512i words = (__m512i)_mm512_cvtne2ps_pbh(second, first);

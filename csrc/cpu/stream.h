@@ -37,6 +37,18 @@ struct Arranged {
   }
 };
 
+// Walks the packed bytes of a task ahead of their use.
+struct Prefetcher {
+  const uint8_t* next;
+  const uint8_t* end;
+  void advance(int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) {
+      if (next + i < end) __builtin_prefetch(next + i, 0, 2);
+    }
+    next += bytes;
+  }
+};
+
 // c[kRows, kStreamColumns] += the products of dwords [from, to) of a chunk, scaled.
 template <class Math, int kRows>
 void stream_block(const uint32_t* nibbles,            // [kStreamVectors][kWidth][kWidth]
@@ -44,7 +56,7 @@ void stream_block(const uint32_t* nibbles,            // [kStreamVectors][kWidth
                   const typename Math::Element* x,    // [kRows][kChunk]
                   const typename Math::Codes& codes,  //
                   const float* scales,                // [kStreamColumns]
-                  float* c) {
+                  Prefetcher& ahead, float* c) {
   // Additions take 4 to 6 cycles: few rows need several chains to keep both units busy.
   constexpr int kChains = kRows * kStreamVectors <= 4 ? 4 : kRows * kStreamVectors <= 8 ? 2 : 1;
   F acc[kChains][kRows][kStreamVectors];
@@ -54,6 +66,8 @@ void stream_block(const uint32_t* nibbles,            // [kStreamVectors][kWidth
     }
   }
   for (int64_t d = from; d < to; ++d) {
+    // A few lines at a time: a burst of prefetches fills the miss queue and stalls the arithmetic.
+    ahead.advance(kStreamColumns * sizeof(uint32_t));
     I lanes[kStreamVectors];
     for (int v = 0; v < kStreamVectors; ++v) {
       lanes[v] = load_dwords(nibbles + (v * kWidth + d) * kWidth);
@@ -85,23 +99,14 @@ void stream_block(const uint32_t* nibbles,            // [kStreamVectors][kWidth
 template <class Math, int kRows>
 void stream_rows(int64_t rows, const uint32_t* nibbles, int64_t from, int64_t to,
                  const typename Math::Element* x, const typename Math::Codes& codes,
-                 const float* scales, float* c) {
+                 const float* scales, Prefetcher& ahead, float* c) {
   if constexpr (kRows > 0) {
-    if (rows == kRows) return stream_block<Math, kRows>(nibbles, from, to, x, codes, scales, c);
-    stream_rows<Math, kRows - 1>(rows, nibbles, from, to, x, codes, scales, c);
+    if (rows == kRows) {
+      return stream_block<Math, kRows>(nibbles, from, to, x, codes, scales, ahead, c);
+    }
+    stream_rows<Math, kRows - 1>(rows, nibbles, from, to, x, codes, scales, ahead, c);
   }
 }
-
-// Walks the packed bytes of a task ahead of their use.
-struct Prefetcher {
-  const uint8_t* next;
-  const uint8_t* end;
-  void lines(int64_t count) {
-    for (const uint8_t* stop = next + 64 * count; next < stop && next < end; next += 64) {
-      __builtin_prefetch(next, 0, 2);
-    }
-  }
-};
 
 // C's columns [column, column + columns), at most kStreamColumns: c[rows, ...] = the product.
 template <class Math>
@@ -123,17 +128,17 @@ void stream_columns(const Product& p, const typename Math::Element* x, int64_t c
   alignas(64) uint32_t nibbles[kStreamVectors * kWidth * kWidth];
   for (int64_t first = 0; first < p.depth; first += kChunk, x += p.rows * kChunk) {
     const int64_t depth = min(kChunk, p.depth - first);
-    ahead.lines(kStreamColumns * kChunk / 2 / 64);
     for (int v = 0; v < kStreamVectors; ++v) {
       load_nibbles(p.b, column + v * kWidth, columns - v * kWidth, first, depth, 0,
                    nibbles + v * kWidth * kWidth);
     }
     for (int64_t r = 0; r < p.rows; r += height) {
+      Prefetcher none{ahead.end, ahead.end};
       for (int64_t from = 0; from < depth; from += flush) {
         stream_rows<Math, kStreamRows>(
             min(height, p.rows - r), nibbles, from / 8, min(from + flush, depth) / 8,
             x + r * kChunk, codes, scales + ((first + from) >> weight.block_shift) * kStreamColumns,
-            c + r * kTaskColumns);
+            r == 0 ? ahead : none, c + r * kTaskColumns);
       }
     }
   }
@@ -146,7 +151,7 @@ void stream(const Product& p, int64_t n, const Fn& finish) {
   using Element = typename Math::Element;
   void* arranged = shared_scratch(Arranged<Math>::bytes(p));
   auto* x = static_cast<Element*>(arranged);
-  const bool by_dots = can_dot(p, n);
+  const bool by_dots = can_dot<Math>(p, n);
   if (by_dots) {
     arrange_dots<Math>(p, static_cast<uint32_t*>(arranged));
   } else {
@@ -175,7 +180,7 @@ void stream(const Product& p, int64_t n, const Fn& finish) {
     }
     const uint8_t* bytes = p.b.weight->packed;
     Prefetcher ahead{bytes + begin * row_bytes, bytes + end * row_bytes};
-    ahead.lines(kStreamColumns * row_bytes / 64);
+    ahead.advance(kStreamColumns * row_bytes);
     for (int64_t tile = begin; tile < end; tile += kTaskColumns) {
       const int64_t columns = min(kTaskColumns, end - tile);
       for (int64_t i = 0; i < columns; i += kStreamColumns) {
