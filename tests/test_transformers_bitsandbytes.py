@@ -207,6 +207,16 @@ assert "bitsandbytes" not in sys.modules
     assert_same_files(tmp_path / "theirs", tmp_path / "ours")
 
 
+def test_flag_that_scripts_look_at(tmp_path: Path) -> None:
+    """is_loaded_in_4bit is set for bitsandbytes' configuration, where bitsandbytes is importable:
+    transformers imports it wherever the flag is set."""
+    saved = save_model("llama", tmp_path)
+    model = ours(saved, quantization_config=config(**NF4_DOUBLE))
+    assert model.is_loaded_in_4bit
+    assert model.num_parameters() > 0
+    assert not hasattr(quantized(saved), "is_loaded_in_4bit")
+
+
 def test_experts_stored_one_by_one(in_place: None, tmp_path: Path) -> None:
     """Checkpoints of transformers 4 hold a Linear4bit per expert, which 5 cannot load (B11)."""
     model = quantized(save_model("qwen3-moe", tmp_path / "16bit"), "qwen3-moe")

@@ -145,6 +145,22 @@ def test_one_progress_bar(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     assert "Quantizing" not in shown
 
 
+def test_default_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU of this process, under torchrun too, where the current device is always the first."""
+    from nf4.integrations.quantizer import NF4Quantizer
+
+    quantizer = NF4Quantizer(nf4.NF4Config(), pre_quantized=False)
+    assert quantizer.update_device_map("auto") == "auto"
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert quantizer.update_device_map(None) == {"": "cpu"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert quantizer.update_device_map(None) == {"": 0}
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert quantizer.update_device_map(None) == {"": 2}
+
+
 def test_private_names_are_there() -> None:
     """What nf4 uses of transformers beyond its documented interface, in the installed release."""
     version = importlib.metadata.version("transformers")

@@ -70,14 +70,19 @@ def place_stored(model: Any, checkpoint: Checkpoint, settings: NF4Config) -> Non
 
 
 def place_new(
-    model: Any, settings: NF4Config, skip: list[str], checkpoint: Checkpoint | None
+    model: Any,
+    settings: NF4Config,
+    skip: list[str],
+    checkpoint: Checkpoint | None,
+    *,
+    packed: bool = False,
 ) -> None:
     """Put a quantized module in place of each linear layer, and of what ``settings`` adds.
 
     Left alone are modules that ``skip`` (transformers' patterns) or ``settings`` keeps, and those
     whose weight is not in the checkpoint: they are initialized, and stay 16-bit. Modules show a
-    weight of the original shape until the loader has quantized it. Without a checkpoint the
-    weights are taken to be there.
+    weight of the original shape until the loader has quantized it, unless it is to be read
+    ``packed``. Without a checkpoint the weights are taken to be there.
     """
     weights = None if checkpoint is None else checkpoint.weights
     table = model.get_input_embeddings() if settings.embeddings else None
@@ -86,10 +91,11 @@ def place_new(
         if is_skipped(name, skip) or settings.keeps(name):
             continue
         if is_fused_experts(module):
-            placed += _place_new_experts(model, name, module, settings, weights)
+            placed += _place_new_experts(model, name, module, settings, weights, packed)
         elif _is_linear(module) or module is table:
             if weights is None or f"{name}.weight" in weights:
-                _place(model, name, _empty(name, module, settings, None), module.weight)
+                empty = _empty(name, module, settings, None)
+                _place(model, name, empty, empty.weight if packed else module.weight)
                 placed += 1
         else:
             continue
@@ -246,6 +252,7 @@ def _place_new_experts(
     module: nn.Module,
     settings: NF4Config,
     weights: Mapping[str, Tensor] | None,
+    packed: bool,
 ) -> int:
     if weights is not None and not all(f"{name}.{p}" in weights for p in module._parameters):
         return 0
@@ -254,7 +261,7 @@ def _place_new_experts(
         warnings.warn(f"nf4: {name} stays 16-bit: {reason}", stacklevel=2)
         return 0
     placed = NF4Experts(module, **settings.layer_kwargs(), device="meta")
-    for parameter in MATRICES:
+    for parameter in () if packed else MATRICES:
         shown = getattr(module, parameter)
         setattr(placed, parameter, nn.Parameter(shown.detach(), requires_grad=False))
     model.set_submodule(name, placed)

@@ -99,7 +99,8 @@ class NF4Quantizer(HfQuantizer):
         if self.pre_quantized and checkpoint is not None:
             placing.place_stored(model, checkpoint, self.settings)
         else:
-            placing.place_new(model, self.settings, self._skipped(model), checkpoint)
+            skip, packed = self._skipped(model), self.pre_quantized
+            placing.place_new(model, self.settings, skip, checkpoint, packed=packed)
 
     def _skipped(self, model: Any) -> list[str]:
         """Names and patterns, as transformers reads them, of what stays 16-bit."""
