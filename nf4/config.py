@@ -29,7 +29,10 @@ class NF4Config(_Config):
     are set; a head that is tied to the embeddings shares their table, quantized or not. Raises
     ValueError for values that do not exist.
 
-    Also the ``quantization_config`` of transformers' ``from_pretrained``.
+    Also the ``quantization_config`` of transformers' ``from_pretrained``. Such a model is saved
+    with bitsandbytes' own configuration where bitsandbytes can load the result; 8-bit weights,
+    embeddings and experts are saved with ``quant_method`` "nf4", for which nf4 must be imported
+    before the checkpoint is loaded.
     """
 
     block_size: int = 64

@@ -15,6 +15,7 @@ from typing import Any
 from nf4.config import NF4Config
 from nf4.integrations.hooks import importable, on_import
 
+# The tests have been run with 5.0.0 (which cannot reload experts), 5.9.0, 5.16.0 and 5.23.0.
 MINIMUM = (5, 0)
 _BITSANDBYTES = "bitsandbytes_4bit"
 
