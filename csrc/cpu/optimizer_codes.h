@@ -1,15 +1,14 @@
 // The 8-bit codes of optimizer states, one block of 256 at a time.
 #pragma once
 
-#include "quantize.h"
+#include "formats.h"
+#include "simd.h"
 
 namespace nf4::cpu {
 namespace {
 
 constexpr int64_t kStateBlock = kNestedBlock;
 constexpr uint8_t kSignedZero = 127;  // code of 0 in the signed map; 0 in the unsigned one
-
-#if NF4_ISA >= NF4_ISA_AVX512
 
 constexpr uint32_t bits_of(float value) {
   // No bit cast in C++17: value is 0 or +-m * 2^e with m in [1, 2).
@@ -26,52 +25,31 @@ constexpr uint32_t bits_of(float value) {
 // unsigned map. Its thresholds lie evenly, spacing = 0.9 * 10^(e-6) / n apart, so that the rank of
 // x, counted from that of zero, is round(x / spacing + 4/9 * 2n - 1/2), or one less in the unsigned
 // map. It is at most the decade's last, for the gap to the next decade is wider. A value within
-// rounding error of a threshold is searched instead.
-constexpr int kBinades = 32;
-constexpr int kDecades = 7;
-constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+// rounding error of a threshold is searched instead. The values from the last threshold to 1.0
+// count as a decade, and those below the first.
+constexpr int kDecades = 8;
 
 struct Decades {
-  // By binade [2^(b - 31), 2^(b - 30)): bits of the float 2n of the decade that it begins in, and
-  // of the threshold at which the next one begins; none begins where that is infinite.
-  uint32_t size[kBinades] = {};
-  uint32_t crossing[kBinades] = {};
-  // By the low 4 bits of the exponent of 2n: 1 / spacing.
-  float slope[16] = {};
+  float start[kDecades] = {};         // threshold below each
+  int32_t start_bits[kDecades] = {};  // of start
+  float slope[kDecades] = {};         // 1 / spacing
 };
 
-// From the thresholds of the values >= 0, and the number of codes in the lowest decade. What lies
-// below that counts as a decade of half its size, and the code of 1.0 as one of twice the last
-// size.
+// From the thresholds of the values >= 0, and the number of codes in the lowest decade.
 constexpr Decades make_decades(const float* thresholds, uint32_t smallest) {
   Decades d;
-  float start[kDecades + 2] = {};
   uint32_t rank = 0;
   double spacing = 0.9e-6 / smallest;
   for (int e = 0; e < kDecades; ++e) {
-    start[e + 1] = thresholds[rank];
+    d.start[e] = thresholds[rank];
+    d.start_bits[e] = static_cast<int32_t>(bits_of(d.start[e]));
+    d.slope[e] = static_cast<float>(1.0 / spacing);
     rank += smallest << e;
-    const uint32_t exponent = (bits_of(static_cast<float>(2 * smallest << e)) >> 23) & 15;
-    d.slope[exponent] = static_cast<float>(1.0 / spacing);
     spacing *= 5.0;
   }
-  start[kDecades + 1] = thresholds[rank];
-  // So that 1.0 gets the rank after the last decade's: its threshold is not on their line.
-  const uint32_t top = 2 * smallest << kDecades;
-  d.slope[(bits_of(static_cast<float>(top)) >> 23) & 15] =
-      static_cast<float>(top / 2 - 4.0 / 9.0 * top + 0.5);
-  const uint32_t scale = smallest == 1 ? 2 : 1;
-  double low = 1.0 / (int64_t{1} << 31);
-  for (int b = 0; b < kBinades; ++b, low *= 2.0) {
-    uint32_t size = smallest;
-    d.crossing[b] = scale * 0x7f800000u;
-    for (int e = 1; e <= kDecades + 1; ++e) {
-      if (double{start[e]} < low) size = smallest << e;
-      if (double{start[e]} >= low && double{start[e]} < 2.0 * low)
-        d.crossing[b] = scale * bits_of(start[e]);
-    }
-    d.size[b] = bits_of(static_cast<float>(size));
-  }
+  // The threshold of 1.0 is off its line: this slope gives 1.0 the rank after all others.
+  const uint32_t top = smallest << kDecades;
+  d.slope[kDecades - 1] = static_cast<float>(top / 2 - 4.0 / 9.0 * top + 0.5);
   return d;
 }
 
@@ -80,9 +58,62 @@ constexpr float kUnsignedThresholds[255] = NF4_DYNAMIC8_UNSIGNED_THRESHOLDS;
 alignas(64) constexpr Decades kSignedDecades = make_decades(kThresholds + kSignedZero, 1);
 alignas(64) constexpr Decades kUnsignedDecades = make_decades(kUnsignedThresholds, 2);
 
+// The arithmetic is right this far from the middle between two thresholds, in ranks: tried for
+// every float from -1 to 1, for which even 2^-16 in place of 2^-14 does.
+constexpr float kSure = 0.5f - 0x1p-14f;
+
+// Sets codes that may be one off right.
+template <bool kSigned>
+__attribute__((noinline)) void settle(const float* x, float scale, uint8_t* codes) {
+  const float* thresholds = kSigned ? kThresholds : kUnsignedThresholds;
+  for (int i = 0; i < 64; ++i) {
+    const float v = x[i] * scale;
+    int code = codes[i];
+    code += code < 255 && v > thresholds[code];
+    code -= code > 0 && !(v > thresholds[code - 1]);
+    codes[i] = static_cast<uint8_t>(!kSigned && code == 0 && x[i] > 0.0f ? 1 : code);
+  }
+}
+
+#if NF4_ISA >= NF4_ISA_AVX512
+
+constexpr int kBinades = 32;
+constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+
+// The decades by binade [2^(b - 31), 2^(b - 30)), each of which holds at most one start.
+struct Binades {
+  uint32_t size[kBinades] = {};      // bits of the float 2n of the decade that it begins in
+  uint32_t crossing[kBinades] = {};  // bits of the start within it, or of infinity
+  float slope[16] = {};              // by the low 4 bits of the exponent of 2n
+};
+
+// key_scale multiplies the crossings.
+constexpr Binades make_binades(const Decades& d, uint32_t smallest, uint32_t key_scale) {
+  Binades t;
+  double low = 1.0 / (int64_t{1} << 31);
+  for (int b = 0; b < kBinades; ++b, low *= 2.0) {
+    uint32_t size = smallest;
+    t.crossing[b] = key_scale * 0x7f800000u;
+    for (int e = 0; e < kDecades; ++e) {
+      const double start = double{d.start[e]};
+      if (start < low) size = smallest << (e + 1);
+      if (start >= low && start < 2.0 * low) t.crossing[b] = key_scale * bits_of(d.start[e]);
+    }
+    t.size[b] = bits_of(static_cast<float>(size));
+  }
+  for (int e = 0; e < kDecades; ++e) {
+    const uint32_t size = smallest << (e + 1);
+    t.slope[bits_of(static_cast<float>(size)) >> 23 & 15] = d.slope[e];
+  }
+  return t;
+}
+
+alignas(64) constexpr Binades kSignedBinades = make_binades(kSignedDecades, 1, 2);
+alignas(64) constexpr Binades kUnsignedBinades = make_binades(kUnsignedDecades, 2, 1);
+
 template <bool kSigned>
 struct Ranker {
-  static constexpr const Decades& kTables = kSigned ? kSignedDecades : kUnsignedDecades;
+  static constexpr const Binades& kTables = kSigned ? kSignedBinades : kUnsignedBinades;
   const I size_lo = _mm512_load_si512(kTables.size);
   const I size_hi = _mm512_load_si512(kTables.size + 16);
   const I crossing_lo = _mm512_load_si512(kTables.crossing);
@@ -124,23 +155,6 @@ struct Ranker {
     return _mm512_range_ps(_mm512_fnmadd_ps(factor, x, flipped), most, kSmallerMagnitude);
   }
 };
-
-// The arithmetic is right this far from the middle between two thresholds, in ranks: tried for
-// every float from -1 to 1, for which even 2^-16 in place of 2^-14 does.
-constexpr float kSure = 0.5f - 0x1p-14f;
-
-// Sets codes that may be one off right.
-template <bool kSigned>
-__attribute__((noinline)) void settle(const float* x, float scale, uint8_t* codes) {
-  const float* thresholds = kSigned ? kThresholds : kUnsignedThresholds;
-  for (int i = 0; i < 64; ++i) {
-    const float v = x[i] * scale;
-    int code = codes[i];
-    code += code < 255 && v > thresholds[code];
-    code -= code > 0 && !(v > thresholds[code - 1]);
-    codes[i] = static_cast<uint8_t>(!kSigned && code == 0 && x[i] > 0.0f ? 1 : code);
-  }
-}
 
 // Codes of x * scale for a block, and 1 in place of 0 for x > 0 in the unsigned map.
 template <bool kSigned>
@@ -188,13 +202,63 @@ void encode_block(const float* x, float scale, uint8_t* codes) {
 
 #else
 
+typedef int32_t Lanes __attribute__((vector_size(sizeof(F))));
+
+inline Lanes lanes(F v) { return reinterpret_cast<Lanes>(v); }
+
+inline F slopes(const Decades& d, Lanes decade) {
+#if NF4_ISA == NF4_ISA_AVX2
+  return _mm256_permutevar8x32_ps(_mm256_load_ps(d.slope), reinterpret_cast<I>(decade));
+#else
+  return gather(d.slope, reinterpret_cast<I>(decade & (kDecades - 1)));
+#endif
+}
+
+// Codes of x * scale for a block, and 1 in place of 0 for x > 0 in the unsigned map.
 template <bool kSigned>
 void encode_block(const float* x, float scale, uint8_t* codes) {
-  const Format format = format_of(kSigned ? NF4_FORMAT_DYNAMIC8 : NF4_FORMAT_DYNAMIC8_UNSIGNED);
-  rank_elements(x, kStateBlock, scale, false, format, codes);
-  if (kSigned) return;
-  // A positive second moment never becomes zero.
-  for (int64_t i = 0; i < kStateBlock; ++i) codes[i] |= codes[i] == 0 && x[i] > 0.0f;
+  const Decades& d = kSigned ? kSignedDecades : kUnsignedDecades;
+  const F by = broadcast(scale);
+  constexpr auto sure = static_cast<int32_t>(bits_of(kSure));
+  const F round = broadcast(0x1.8p23f);  // adding it leaves the nearest integer in the low bits
+  for (int64_t i = 0; i < kStateBlock; i += 64) {
+    Lanes unsure = {};
+    for (int64_t j = i; j < i + 64; j += kWidth) {
+      const F value = load(x + j);
+      Lanes bits = lanes(mul(value, by));
+      const Lanes sign = bits >> 31;
+      bits &= 0x7fffffff;
+      if (!kSigned) {
+        constexpr auto least = static_cast<int32_t>(bits_of(kDynamic8UnsignedCodes[1]));
+        bits = bits > least ? bits : Lanes{} + least;
+      }
+      // Of two codes at equal distance the lower is taken: for a negative x the one of larger
+      // magnitude, as if it were one ulp up.
+      const Lanes key = bits - sign;
+      Lanes decade = Lanes{} - 1;
+      for (int32_t start : d.start_bits) decade -= key > start;
+      const F size = reinterpret_cast<F>((decade + (kSigned ? 128 : 129)) << 23);  // 2n
+      const F start = fma(broadcast(4.0f / 9.0f), size, broadcast(-0.5f));
+      F line = fma(slopes(d, decade), reinterpret_cast<F>(bits), start);
+      const F most = sub(size, broadcast(1.0f));
+      line = line < most ? line : most;
+      const F rounded = add(line, round);
+      const F off = sub(line, sub(rounded, round));
+      unsure |= (lanes(off) & 0x7fffffff) > sure;
+      const Lanes rank = lanes(rounded) - lanes(round);
+      Lanes code;
+      if (kSigned) {
+        code = kSignedZero + ((rank ^ sign) - sign);
+        code = code > 0 ? code : Lanes{};  // -1.0 is one too many
+      } else {
+        code = (rank - 1) & (lanes(value) != 0);
+      }
+      store_bytes(codes + j, reinterpret_cast<I>(code));
+    }
+    int any = 0;
+    for (int lane = 0; lane < kWidth; ++lane) any |= unsure[lane];
+    if (any) settle<kSigned>(x + i, scale, codes + i);
+  }
 }
 
 #endif
