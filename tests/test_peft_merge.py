@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from packaging.version import Version
 from test_peft import _bytes, _layer, config, randomize
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ pytest.importorskip("transformers")
 
 from nf4.integrations import peft as integration  # noqa: E402
 
+NEWEST = Version(peft.__version__) >= Version("0.21")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -149,7 +151,8 @@ def test_several_adapters_merge_together_and_apart() -> None:
     other = layer.get_delta_weight("other")
     factor = (magnitude / (weight + other).norm(dim=1))[:, None]
     expected = factor * (weight + delta + other)
-    assert torch.allclose(layer.base_layer.weight, expected, atol=1e-5)
+    if NEWEST:  # before 0.21 PEFT takes the norm of the weight with other adapters merged in
+        assert torch.allclose(layer.base_layer.weight, expected, atol=1e-5)
     model.unmerge_adapter()
     assert layer.base_layer is first and _bytes(model) == before
 

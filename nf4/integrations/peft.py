@@ -68,7 +68,7 @@ def _resolve(module_name: str, path: str) -> tuple[Any, str]:
     for part in (*parents, name):
         if not hasattr(owner, part):
             raise ImportError(
-                f"nf4.integrations.peft: {module_name} must have {path} (PEFT 0.17 to 0.21 do), "
+                f"nf4.integrations.peft: {module_name} must have {path} (PEFT 0.18 to 0.21 do), "
                 f"got PEFT {peft.__version__}"
             )
         if part is not name:
@@ -124,6 +124,15 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraNF4]]:
     for name, module in model.named_modules():
         if isinstance(module, LoraNF4):
             yield name, module
+
+
+def _targets(model: nn.Module) -> list[LoraNF4]:
+    """The same layers, each knowing its name in the base model (PEFT before 0.19 tells none)."""
+    layers = []
+    for name, layer in lora_layers(model):
+        layer._target_name = name.removeprefix("base_model.model.")
+        layers.append(layer)
+    return layers
 
 
 def unfused_layers(model: nn.Module) -> dict[str, str]:
@@ -225,9 +234,10 @@ def _dequantize_rest(model: nn.Module) -> None:
 def _merging(model: nn.Module, into: str, base: Base | None, dtype: Any) -> Iterator[None]:
     if into not in ("16bit", "nf4"):
         raise ValueError(f"nf4.merge: into must be '16bit' or 'nf4', got {into!r}")
-    if not any(True for _ in lora_layers(model)):
+    layers = _targets(model)
+    if not layers:
         raise ValueError("nf4.merge: model must have LoRA layers over NF4Linear, got none")
-    names = [layer._target_name for _, layer in lora_layers(model)]
+    names = [layer._target_name for layer in layers]
     previous = LoraNF4.merge_settings
     LoraNF4.merge_settings = MergeSettings(into, base_reader(base, names), dtype)
     try:
@@ -282,7 +292,7 @@ def init_loftq(model: Any, base: Base, adapter_name: str = "default", iterations
     ``base``: a directory (or file) of safetensors, or a state dict. With one iteration the
     quantized weights stay as they are; with more they change, and must be saved with the adapter.
     """
-    layers = [layer for _, layer in lora_layers(model) if adapter_name in layer.lora_A]
+    layers = [layer for layer in _targets(model) if adapter_name in layer.lora_A]
     if not layers:
         raise ValueError(
             f"nf4.init_loftq: model must have an adapter {adapter_name!r} over NF4Linear, got none"
