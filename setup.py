@@ -2,6 +2,8 @@
 
 ``nf4/_C.abi3.so`` (the CPU kernels) needs a C++17 compiler. Without one the package installs and
 runs on the plain-PyTorch reference. ``NF4_SANITIZE=address,undefined`` builds with sanitizers.
+``nf4/_C_cuda.abi3.so`` (the CUDA kernels) is built where nvcc is found, for the architectures in
+``NF4_CUDA_ARCHS``; ``NF4_BUILD_CUDA=0`` leaves it out.
 """
 
 from __future__ import annotations
@@ -104,6 +106,54 @@ def cpu_library() -> Library | None:
     )
 
 
+# What QLoRA users own: T4 (float16), A100, RTX 30, RTX 40 and L4, H100 and H200, B200, RTX 50.
+CUDA_ARCHS = "75;80;86;89;90a;100;120"
+
+
+def cuda_library() -> Library | None:
+    """The CUDA kernels and their bindings; None where they cannot or shall not be built."""
+    what = "the CUDA kernels (nf4._C_cuda)"
+    if os.environ.get("NF4_BUILD_CUDA") == "0":
+        return skip(what, "NF4_BUILD_CUDA=0")
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
+        return skip(what, "no nvcc on PATH")
+    torch = torch_paths()
+    if torch is None:
+        return skip(what, "torch is not importable (pip install --no-build-isolation)")
+    includes, libraries = torch
+    # nvcc on PATH may be a link or a script: the toolkit is where its runtime library is.
+    homes = [os.environ.get("CUDA_HOME", ""), str(Path(nvcc).resolve().parent.parent)]
+    places = [Path(home) / lib for home in [*homes, "/usr/local/cuda"] for lib in ("lib64", "lib")]
+    runtime = next((d for d in places if (d / "libcudart_static.a").exists()), None)
+    if runtime is None:
+        return skip(what, "no libcudart_static.a beside nvcc (set CUDA_HOME)")
+    toolkit = runtime.parent
+    archs = (os.environ.get("NF4_CUDA_ARCHS") or CUDA_ARCHS).replace(",", ";").strip(";")
+    # Bit-exact (de)quantization: no contraction to fma; kernels call fmaf where they want one.
+    kernel = [nvcc, "-std=c++17", "-O3", "--fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    kernel += ["--threads=1", f"-I{ROOT / 'csrc/include'}"]
+    kernel += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs.split(";")]
+    compiler = os.environ.get("CXX", "g++").split()
+    binding = [*compiler, "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden"]
+    binding += [
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+        f"-DNF4_CUDA_ARCHS={archs.replace(';', '_')}",
+    ]
+    binding += [f"-I{ROOT / 'csrc/include'}", f"-isystem{toolkit / 'include'}"]
+    binding += [f"-isystem{path}" for path in includes]
+    sources = {"csrc/torch/bindings_cuda.cpp": binding}
+    sources |= {
+        path.relative_to(ROOT).as_posix(): kernel
+        for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    }
+    # The runtime is linked in: the library then needs no CUDA toolkit of a certain version.
+    link = [*compiler, "-shared", "-pthread", f"-L{runtime}", f"-L{libraries}"]
+    link += ["-ltorch_cpu", "-lcudart_static", "-ldl", "-lrt"]
+    depends = ["csrc/cuda/*", "csrc/include/nf4/*"]
+    return Library("nf4._C_cuda", sources, link, depends)
+
+
 def run(commands: list[list[str]]) -> None:
     """Run independent commands on all cores."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -164,7 +214,7 @@ if not (_kernels.is_symlink() or _kernels.is_dir()):
         "a text file instead where core.symlinks is false: set it to true and check out again"
     )
 
-LIBRARIES = {lib.name: lib for lib in (cpu_library(),) if lib is not None}
+LIBRARIES = {lib.name: lib for lib in (cpu_library(), cuda_library()) if lib is not None}
 
 setup(
     ext_modules=[library.extension() for library in LIBRARIES.values()],

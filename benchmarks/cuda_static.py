@@ -1,0 +1,282 @@
+"""What the compiler made of the CUDA kernels: registers, spills, access widths, issue slots.
+
+    python benchmarks/cuda_static.py --archs 80 90a [--peer libbitsandbytes_cuda130.so] [--write]
+
+Compiles csrc/cuda with nvcc, reads ptxas's report and the SASS, and compares with the committed
+table benchmarks/results/cuda_static.csv. Nothing here is a time. ``slots`` is the number of SASS
+instructions in a main loop, all branches counted, times 32 over the elements that a warp handles
+in one iteration. ``ceiling`` is 128 / slots: no SM issues more than four warp instructions a clock,
+so no more than this many elements a clock per SM can come out, whatever the memory does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "benchmarks" / "results" / "cuda_static.csv"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One main loop: the kernel, what its loop must contain, and elements of a warp's iteration."""
+
+    name: str
+    source: str
+    kernel: str  # regular expression on the demangled name
+    marker: (
+        str  # an instruction that only the main loop has in such number: the loop is its maximum
+    )
+    elements: int
+    limit: float | None = None  # slots; None: reported only
+
+
+def _forward(tokens: int, shape: str, elements: int, limit: float | None = None) -> Target:
+    kernel = rf"linear_tile_kernel<__nv_bfloat16, .*Shape<{shape}>"
+    return Target(f"linear, {tokens} tokens", "linear_tile", kernel, "HMMA", elements, limit)
+
+
+TARGETS = (
+    Target(
+        "dequantize nf4 64 nested bf16", "dequantize",
+        r"dequantize_kernel<__nv_bfloat16, true, 6>", "STG", 2048, 4.5,
+    ),
+    Target(
+        "dequantize nf4 64 bf16", "dequantize",
+        r"dequantize_kernel<__nv_bfloat16, false, 6>", "STG", 2048, 4.0,
+    ),
+    Target(
+        "quantize nf4 64 bf16", "quantize",
+        r"quantize_kernel<__nv_bfloat16, 0, 8>", "", 256, 20.0,
+    ),
+    # Weights that a warp decodes in one step, of 256 or 64 elements of K.
+    _forward(8, "8, 1, 1, 1, 4, 3, 2, false", 16 * 256, 4.0),
+    _forward(16, "8, 1, 1, 2, 4, 2, 2, false", 16 * 256),
+    _forward(32, "8, 1, 1, 4, 4, 2, 2, false", 16 * 256),
+    _forward(64, "4, 2, 2, 4, 1, 4, 1, false", 32 * 64),
+    _forward(128, "4, 2, 2, 8, 1, 3, 1, true", 32 * 64),
+    Target(
+        "linear_backward, 128 tokens", "backward_tile",
+        r"backward_tile_kernel<__nv_bfloat16, .*Shape<4, 2, 8, 4, true>", "HMMA", 64 * 32,
+    ),
+)  # fmt: skip
+
+# bitsandbytes' kernels of the same work. elements: of one warp and pass through the counted code.
+PEER_TARGETS = (
+    Target(
+        "bitsandbytes dequantize nf4 bf16", "",
+        r"kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>", "STG", 512,
+    ),
+    Target(
+        "bitsandbytes quantize nf4 bs64 bf16", "",
+        r"kQuantizeBlockwiseSmall<__nv_bfloat16, 64, 2>", "", 64,
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    arch: str
+    loop: str
+    registers: int
+    spill_bytes: int
+    stack_bytes: int
+    instructions: int
+    slots: float
+    ceiling: float
+    hmma: int
+    wide_accesses: int
+    global_accesses: int
+
+
+def _tool(name: str) -> str:
+    found = shutil.which(name)
+    if found is not None:
+        return found
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def compile_cubin(source: str, arch: str, directory: Path) -> tuple[Path, str]:
+    """The cubin of one file of csrc/cuda, and ptxas's report."""
+    target = directory / f"{source}_{arch}.cubin"
+    command = ["nvcc", "-std=c++17", "-O3", "--fmad=false", f"-I{ROOT / 'csrc' / 'include'}"]
+    command += ["-Xptxas", "-v", "-cubin", f"-arch=sm_{arch}", "-o", str(target)]
+    command += [str(ROOT / "csrc" / "cuda" / f"{source}.cu")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise SystemExit(result.stderr)
+    return target, result.stderr
+
+
+def resources(report: str) -> dict[str, tuple[int, int, int]]:
+    """Registers, spilled bytes and stack bytes of each mangled kernel name."""
+    out: dict[str, tuple[int, int, int]] = {}
+    name, stack, spills = "", 0, 0
+    for line in report.splitlines():
+        if match := re.search(r"Compiling entry function '(\S+)'", line):
+            name = match[1]
+        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", line):
+            stack, spills = int(match[1]), int(match[2]) + int(match[3])
+        elif match := re.search(r"Used (\d+) registers", line):
+            out[name] = (int(match[1]), spills, stack)
+    return out
+
+
+def functions(path: Path, arch: str, select: str) -> dict[str, list[tuple[int, str]]]:
+    """(address, instruction) of every kernel whose mangled name matches ``select``."""
+    command = [_tool("cuobjdump"), "-sass", "-arch", f"sm_{arch}", str(path)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    out: dict[str, list[tuple[int, str]]] = {}
+    current: list[tuple[int, str]] | None = None
+    assert process.stdout is not None
+    for line in process.stdout:
+        if match := re.match(r"\s+Function : (\S+)", line):
+            wanted = re.search(select, match[1])
+            current = out.setdefault(match[1], []) if wanted else None
+        elif current is not None and (m := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", line)):
+            current.append((int(m[1], 16), m[2]))
+    process.wait()
+    return out
+
+
+def demangle(names: list[str]) -> list[str]:
+    text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True)
+    return text.stdout.splitlines()
+
+
+def opcode(instruction: str) -> str:
+    """``LDG.E.128`` of ``@!P0 LDG.E.128 R4, [R2]``."""
+    return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0]
+
+
+def main_loop(body: list[tuple[int, str]], marker: str) -> list[str]:
+    """The innermost loop that holds most ``marker`` instructions; without marker, all the code."""
+    if not marker:
+        end = next(
+            i
+            for i, (_, text) in enumerate(body)
+            if re.search(r"\bBRA\b.*", text)
+            and int(re.findall(r"0x([0-9a-f]+)", text)[-1], 16) == body[i][0]
+        )
+        return [text for _, text in body[:end]]  # the last branch, to itself, ends the kernel
+    loops = []
+    for address, text in body:
+        target = re.search(r"\bBRA\S*\s+.*?0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < address:
+            start = int(target[1], 16)
+            loops.append([t for a, t in body if start <= a <= address])
+    counts = [(sum(opcode(t).startswith(marker) for t in loop), -len(loop)) for loop in loops]
+    inner = [c for c in counts if c[0]]
+    if not inner:
+        return [text for _, text in body]
+    # An outer loop holds the inner one's markers and its own; take the shortest of the larger half.
+    most = max(c[0] for c in inner)
+    best = max((c for c in inner if 3 * c[0] >= most), key=lambda c: c[1])
+    return loops[counts.index(best)]
+
+
+def row(arch: str, target: Target, code: list[str], used: tuple[int, int, int]) -> Row:
+    names = Counter(opcode(text) for text in code)
+    memory = {n: c for n, c in names.items() if re.match(r"(LDG|STG|LDGSTS)\b", n)}
+    slots = len(code) * 32 / target.elements
+    return Row(
+        arch,
+        target.name,
+        *used,
+        len(code),
+        round(slots, 2),
+        round(128 / slots, 1),
+        sum(c for n, c in names.items() if n.startswith("HMMA")),
+        sum(c for n, c in memory.items() if ".128" in n),
+        sum(memory.values()),
+    )
+
+
+def measure(archs: list[str], peer: Path | None) -> list[Row]:
+    """The table, ours first."""
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        for arch in archs:
+            for source in dict.fromkeys(t.source for t in TARGETS):
+                cubin, report = compile_cubin(source, arch, Path(directory))
+                used = resources(report)
+                code = functions(cubin, arch, "")
+                names = dict(zip(demangle(list(code)), code, strict=True))
+                for target in (t for t in TARGETS if t.source == source):
+                    name = next(m for n, m in names.items() if re.search(target.kernel, n))
+                    rows.append(row(arch, target, main_loop(code[name], target.marker), used[name]))
+    if peer is not None:
+        code = functions(peer, "90", "kDequantizeBlockwise|kQuantizeBlockwiseSmall")
+        names = dict(zip(demangle(list(code)), code, strict=True))
+        for target in PEER_TARGETS:
+            name = next((m for n, m in names.items() if re.search(target.kernel, n)), None)
+            if name is None:
+                raise SystemExit(f"{peer.name} has no kernel {target.kernel}: {list(names)[:40]}")
+            rows.append(row("90", target, main_loop(code[name], target.marker), (0, 0, 0)))
+    return rows
+
+
+def read_table() -> list[Row]:
+    with TABLE.open() as file:
+        types = {f.name: f.type for f in fields(Row)}
+        cast = {"str": str, "int": int, "float": float}
+        return [
+            Row(**{k: cast[str(types[k])](v) for k, v in line.items()})
+            for line in csv.DictReader(file)
+        ]
+
+
+def regressions(rows: list[Row]) -> list[str]:
+    """What got worse than the committed table, or is over a limit."""
+    limits = {t.name: t.limit for t in TARGETS}
+    committed = {(r.arch, r.loop): r for r in read_table()} if TABLE.exists() else {}
+    out = []
+    for r in rows:
+        where = f"{r.loop} on sm_{r.arch}"
+        limit = limits.get(r.loop)
+        if r.spill_bytes:
+            out.append(f"{where}: {r.spill_bytes} bytes spilled")
+        if limit is not None and r.arch == "90a" and r.slots > limit:
+            out.append(f"{where}: {r.slots} issue slots per element, at most {limit}")
+        before = committed.get((r.arch, r.loop))
+        if before is not None and r.slots > 1.05 * before.slots:
+            out.append(f"{where}: {r.slots} issue slots per element, {before.slots} committed")
+    return out
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="static table of the CUDA kernels")
+    parser.add_argument("--archs", nargs="+", default=["80", "90a"])
+    parser.add_argument("--peer", type=Path, help="libbitsandbytes_cuda130.so")
+    parser.add_argument("--write", action="store_true", help="write the committed table")
+    args = parser.parse_args()
+    rows = measure(args.archs, args.peer)
+    for r in rows:
+        print(*asdict(r).values(), sep=", ")
+    if args.write:
+        with TABLE.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+            writer.writeheader()
+            writer.writerows(asdict(r) for r in rows)
+    problems = regressions(rows)
+    print(*problems, sep="\n", file=sys.stderr)
+    return bool(problems)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

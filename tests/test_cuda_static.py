@@ -1,0 +1,38 @@
+"""The committed table of what the compiler makes of the CUDA kernels; nothing in it is a time."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import cuda_static  # noqa: E402
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+
+
+def rows(arch: str) -> dict[str, cuda_static.Row]:
+    return {r.loop: r for r in cuda_static.read_table() if r.arch == arch}
+
+
+def test_the_committed_table_keeps_the_limits() -> None:
+    table = rows("90a")
+    for target in cuda_static.TARGETS:
+        row = table[target.name]
+        assert row.spill_bytes == 0
+        if target.limit is not None:
+            assert row.slots <= target.limit, target.name
+    # At decode an H200's memory asks for 32 weights a clock of each SM.
+    assert table["linear, 8 tokens"].ceiling >= 32
+
+
+@needs_nvcc
+@pytest.mark.check
+@pytest.mark.parametrize("arch", ["80", "90a", "100", "120"])
+def test_no_regression_against_the_table(arch: str) -> None:
+    assert cuda_static.regressions(cuda_static.measure([arch], None)) == []
