@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +167,19 @@ def test_ops_at_level(level: str) -> None:
     files = [str(HERE / f"test_{name}.py") for name in names]
     run = _run(level, ["-m", "pytest", "-q", "-x", "-k", "cpu", *files])
     assert run.returncode == 0, run.stdout[-4000:]
+
+
+@needs_library
+@pytest.mark.check
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ and its sanitizers")
+def test_sanitizers() -> None:
+    script = subprocess.run(
+        ["sh", str(HERE / "sanitize.sh")],
+        env=os.environ | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert script.returncode == 0, (script.stdout + script.stderr)[-4000:]
 
 
 @needs_library

@@ -96,13 +96,14 @@ void decode_range(const Weight& w, int64_t first, int64_t count, T* out) {
 constexpr int64_t kBypassBytes = int64_t{16} << 20;
 
 void dequantize(const Weight& weight, int64_t numel, DType dtype, void* out) {
-  constexpr int64_t kPerTask = int64_t{1} << 15;  // a multiple of every block size
   with_type(dtype, [&](auto* type) {
     auto* data = static_cast<decltype(type)>(out);
     const bool bypass = numel * static_cast<int64_t>(sizeof *data) >= kBypassBytes &&
                         reinterpret_cast<uintptr_t>(out) % 64 == 0;
-    parallel_for(ceil_div(numel, kPerTask), [&](int64_t task) {
-      const int64_t first = task * kPerTask, count = min(kPerTask, numel - first);
+    // Multiples of every block size. Memory likes each thread's own writes to be far apart.
+    const int64_t each = int64_t{1} << (bypass ? 19 : 15);
+    parallel_for(ceil_div(numel, each), [&](int64_t task) {
+      const int64_t first = task * each, count = min(each, numel - first);
       if (!bypass) return decode_range(weight, first, count, data + first);
       decode_range<true>(weight, first, count, data + first);
       fence();

@@ -1,5 +1,6 @@
 // The matmul for the fewest rows of x: a row of W is read front to back with lanes along the row,
-// which needs no transposition and gives the memory one plain stream.
+// which needs no transposition and gives the memory one plain stream. Long rows are cut into
+// segments, for x's part of one to stay in L1.
 #pragma once
 
 #include "gemm.h"
@@ -16,6 +17,10 @@ bool can_dot(const Product& p, int64_t columns) {
   return p.transposed && p.rows <= Math::kDotRows && columns % kDotColumns == 0 &&
          has_row_groups(p.b);
 }
+
+// Elements of a segment: 32 KiB of x beside W's stream.
+template <class Math, int kRows>
+constexpr int64_t kSegment = (int64_t{1} << 15) / (kRows * sizeof(typename Math::Element));
 
 // x in the order that the nibbles of kWidth dwords come in: [chunk][row][part][lane], zero-padded.
 template <class Math>
@@ -39,19 +44,20 @@ void arrange_dots(const Product& p, uint32_t* out) {
 
 // sums[i][r] = x's row r times row i of W.
 template <class Math, int kRows>
-void dot_block(const uint8_t* packed,              // [kDotColumns, depth / 2]
+void dot_block(const uint8_t* packed,              // kDotColumns rows of depth / 2
+               int64_t row_bytes,                  // from one row to the next
                int64_t depth,                      //
                const uint32_t* x,                  // [chunk][kRows][kParts][kWidth]
                const typename Math::Codes& codes,  //
                const float* scales,                // [kDotColumns, scale_stride]
                int64_t scale_stride, int block_shift, I scale_of_lane, float (*sums)[kRows]) {
   constexpr int kWords = kChunk / Math::kDepth;
-  const int64_t row_bytes = depth / 2;
   F total[kDotColumns][kRows];
   for (auto& row : total) {
     for (F& t : row) t = zero();
   }
-  const auto step = [&](const uint8_t* bytes, int64_t stride, int64_t first) {
+  const auto step = [&](const uint8_t* bytes, int64_t stride,
+                        int64_t first) __attribute__((always_inline)) {
     I lanes[kDotColumns];
     F sum[kDotColumns][kRows];
     for (int i = 0; i < kDotColumns; ++i) {
@@ -75,9 +81,18 @@ void dot_block(const uint8_t* packed,              // [kDotColumns, depth / 2]
     x += kRows * kWords;
   };
   int64_t first = 0;
-  const uint8_t* ahead = packed + kDotColumns * row_bytes;
+  // The next rows. Short whole ones come in address order and fit in L1 beside x; of others, the
+  // same columns of rows at least 8 KiB of work ahead come to L2. Measured 1.2x each (Zen 5).
+  const bool in_order = depth == 2 * row_bytes && depth <= 8192;
+  const uint8_t* ahead = packed + kDotColumns * row_bytes * (in_order ? 1 : ceil_div(8192, depth));
   for (; first + kChunk <= depth; first += kChunk) {
-    for (int i = 0; i < kDotColumns; ++i, ahead += kChunk / 2) __builtin_prefetch(ahead, 0, 3);
+    for (int i = 0; i < kDotColumns; ++i) {
+      if (in_order) {
+        __builtin_prefetch(ahead + kDotColumns * first / 2 + i * kChunk / 2, 0, 3);
+      } else {
+        __builtin_prefetch(ahead + i * row_bytes + first / 2, 0, 2);
+      }
+    }
     step(packed + first / 2, row_bytes, first);
   }
   if (first < depth) {
@@ -99,23 +114,36 @@ void dot_rows(const Product& p, const uint32_t* x, int64_t column, int64_t colum
   const Weight& weight = *p.b.weight;
   const auto codes = Math::codes(format_of(weight.format));
   const int64_t row_bytes = p.depth / 2, blocks = p.depth >> weight.block_shift;
+  const int64_t block_mask = (int64_t{1} << weight.block_shift) - 1;
   const int64_t scale_stride = blocks + 16;  // what lookup16 reads past the last
   int32_t lane_scales[kWidth];
   for (int i = 0; i < kWidth; ++i) lane_scales[i] = (8 * i) >> weight.block_shift;
   const I scale_of_lane = load_dwords(lane_scales);
-  for (int64_t i = 0; i < columns; i += kDotColumns) {
-    for (int64_t j = 0; j < kDotColumns; ++j) {
-      const int64_t block = (column + i + j) * blocks;
-      float* out = scales + j * scale_stride;
-      int64_t b = 0;
-      for (; b + kWidth <= blocks; b += kWidth) read_scales(weight, block + b, out + b);
-      for (; b < blocks; ++b) out[b] = block_scale(weight, block + b);
-    }
-    float sums[kDotColumns][kRows];
-    dot_block<Math, kRows>(weight.packed + (column + i) * row_bytes, p.depth, x, codes, scales,
-                           scale_stride, weight.block_shift, scale_of_lane, sums);
-    for (int64_t j = 0; j < kDotColumns; ++j) {
-      for (int r = 0; r < kRows; ++r) c[r * kTaskColumns + i + j] = sums[j][r];
+  constexpr int64_t kStep = kSegment<Math, kRows>;  // a multiple of every block up to 2048
+  for (int64_t first = 0; first < p.depth; first += kStep) {
+    const int64_t depth = min(kStep, p.depth - first);
+    const int64_t first_block = first >> weight.block_shift;
+    const int64_t end_block = (first + depth + block_mask) >> weight.block_shift;
+    for (int64_t i = 0; i < columns; i += kDotColumns) {
+      for (int64_t j = 0; j < kDotColumns; ++j) {
+        const int64_t row_block = (column + i + j) * blocks;
+        float* out = scales + j * scale_stride;
+        int64_t b = first_block;
+        for (; b + kWidth <= end_block; b += kWidth, out += kWidth) {
+          read_scales(weight, row_block + b, out);
+        }
+        for (; b < end_block; ++b) *out++ = block_scale(weight, row_block + b);
+      }
+      float sums[kDotColumns][kRows];
+      dot_block<Math, kRows>(weight.packed + (column + i) * row_bytes + first / 2, row_bytes, depth,
+                             x + first / Math::kDepth * kRows, codes, scales, scale_stride,
+                             weight.block_shift, scale_of_lane, sums);
+      for (int64_t j = 0; j < kDotColumns; ++j) {
+        for (int r = 0; r < kRows; ++r) {
+          float& out = c[r * kTaskColumns + i + j];
+          out = first == 0 ? sums[j][r] : out + sums[j][r];
+        }
+      }
     }
   }
 }
