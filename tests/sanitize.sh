@@ -8,7 +8,7 @@ build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 
 cd "$root"
-NF4_SANITIZE=address,undefined "$python" setup.py -q build --build-base "$build/temp" \
+NF4_BUILD_CUDA=0 NF4_SANITIZE=address,undefined "$python" setup.py -q build --build-base "$build/temp" \
   --build-lib "$build/lib"
 # Python itself is not built with the sanitizer, so its runtime has to come first.
 runtime=$(${CXX:-g++} -print-file-name=libasan.so)
