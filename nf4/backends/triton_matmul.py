@@ -238,7 +238,7 @@ def dense_lora(
     """
     m, n = u.shape[0], v.shape[1]
     k = 0 if x is None else x.shape[1]
-    config = tuning.dense(m, n, dtype.itemsize, target_of(u.device))
+    config = tuning.dense(n, dropout.seed is not None, dtype.itemsize, target_of(u.device))
     out = torch.empty(m, n, dtype=dtype, device=u.device)
     launch(
         kernel("linear_lora", "dense_lora_kernel"),

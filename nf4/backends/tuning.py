@@ -180,10 +180,13 @@ def linear_backward(shape: Shape, target: Target) -> MatmulConfig | None:
     return MatmulConfig(block_m, block_n, block_k, warps, stages, split)
 
 
-def dense(m: int, n: int, itemsize: int, target: Target) -> MatmulConfig:
-    """Tiles of the dense product with a LoRA term."""
+def dense(n: int, dropout: bool, itemsize: int, target: Target) -> MatmulConfig:
+    """Tiles of the dense product with a LoRA term, which ``dropout`` masks."""
     if not tensor_cores(itemsize, target):
         return MatmulConfig(32, 64, 32, num_warps=4, num_stages=2)
+    if dropout and n % 4:
+        # Every element then computes its own random words; 128 x 128 of them spill on sm_86.
+        return MatmulConfig(64, 64, 32, num_warps=4, num_stages=3)
     if target.capability in (90, 100):
         # 64 accumulators a thread beside 3 stages of 48 KiB; the widest instruction, n = 256.
         return MatmulConfig(128, 256, 64, num_warps=8, num_stages=3)
