@@ -59,7 +59,10 @@ def test_every_kernel_is_compiled(compiled: dict) -> None:
         line.removeprefix("def ").split("(")[0]
         for path in kernels.glob("*.py")
         for line in path.read_text().splitlines()
-        if line.startswith("def ") and line.split("(")[0].endswith("_kernel")
+        if line.startswith("def ")
+        and line.split("(")[0].endswith("_kernel")
+        # The optimizer step has a gate of its own.
+        and path.stem != "optimizer"
     }
     for arch in ARCHS:
         assert {row.kernel for row, _ in compiled[arch]} == names
