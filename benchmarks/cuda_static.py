@@ -48,7 +48,7 @@ def _forward(tokens: int, shape: str, elements: int, limit: float | None = None)
 TARGETS = (
     Target(
         "dequantize nf4 64 nested bf16", "dequantize",
-        r"dequantize_kernel<__nv_bfloat16, true, 6>", "STG", 2048, 4.5,
+        r"dequantize_kernel<__nv_bfloat16, true, 6>", "STG", 2048, 4.0,
     ),
     Target(
         "dequantize nf4 64 bf16", "dequantize",

@@ -69,3 +69,24 @@ def test_kernels_keep_to_the_helpers(path: Path) -> None:
         if pattern in allowed or (path.name == "ptx.cuh" and pattern == r"\bvolatile\b"):
             continue
         assert not re.search(pattern, text), f"{path.name}: {rule}"
+
+
+# A plant, the op whose test meets it, and what the named build has to say about it.
+PLANTS = [
+    ("MISSING_BARRIER", "race", "linear", r"race|reads bytes that"),
+    ("MISSING_WAIT", "race", "linear", r"a cp\.async is still writing"),
+    ("MISSING_WAIT", "asan", "linear", r"use-after-poison"),
+    ("OUT_OF_BOUNDS", "asan", "quantize", r"heap-buffer-overflow"),
+    ("OUT_OF_BOUNDS", "race", "quantize", r"out of bounds"),
+]
+
+
+@needs_emulation
+@pytest.mark.check
+@pytest.mark.parametrize("plant, mode, op, report", PLANTS, ids=str)
+def test_planted_defects_are_caught(plant: str, mode: str, op: str, report: str) -> None:
+    tests = {"linear": "test_two_runs_are_equal and cuda and bfloat16", "quantize": "cuda"}
+    library = build.build(mode, plant)
+    result = run_pytest(mode, library, "-k", tests[op], str(HERE / f"test_{op}.py"))
+    assert result.returncode != 0, f"NF4_PLANT_{plant} went unnoticed"
+    assert re.search(report, result.stdout + result.stderr), (result.stdout + result.stderr)[-4000:]

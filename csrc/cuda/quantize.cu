@@ -17,7 +17,11 @@ constexpr int kPerThread = 8;
 template <typename T>
 __device__ __forceinline__ void load_padded(const T* x, int64_t first, int64_t numel, bool aligned,
                                             float (&v)[8]) {
+#if !defined(NF4_PLANT_OUT_OF_BOUNDS)
   if (aligned && first + 8 <= numel) {
+#else
+  if (aligned && first < numel) {
+#endif
     load8(x + first, v);
     return;
   }

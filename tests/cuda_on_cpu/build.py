@@ -50,9 +50,6 @@ def build(mode: str, plant: str | None = None) -> Path:
     """The library of one mode, compiled on first use; ``plant`` defines NF4_PLANT_<name>."""
     kernel_flags, runtime_flags = MODES[mode]
     kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    if plant is not None:
-        kernels = [path for path in kernels if f"NF4_PLANT_{plant}" in path.read_text()]
-        kernel_flags = (*kernel_flags, f"-DNF4_PLANT_{plant}")
     runtime = sorted(HERE.glob("*.cpp"))
     headers = [
         *(ROOT / "csrc" / "cuda").glob("*.*h"),
@@ -72,6 +69,8 @@ def build(mode: str, plant: str | None = None) -> Path:
 
     def compile_one(source: Path) -> Path:
         own = runtime_flags if source in runtime else kernel_flags
+        if plant is not None and f"NF4_PLANT_{plant}" in source.read_text():
+            own = (*own, f"-DNF4_PLANT_{plant}")
         name = digest(source.read_bytes(), " ".join((*COMMON, *own)).encode())
         target = cache / f"{source.stem}-{name}.o"
         if not target.exists():
