@@ -11,6 +11,13 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kBlocksPerSm = 2;
+// What the compiler must make room for: with two blocks, 64 registers a thread, it spills two to
+// four of them for sm_100 and sm_120.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kLeastBlocks = 1;
+#else
+constexpr int kLeastBlocks = 2;
+#endif
 constexpr int kGroups = 8;                   // groups of 8 elements that a thread has in flight
 constexpr int kWarpTile = 32 * 8 * kGroups;  // elements of one warp and iteration
 constexpr int kRowBytes = 256;               // one table row per byte value
@@ -35,7 +42,7 @@ __device__ __forceinline__ void fill_table(unsigned char* table, int format) {
 // use it: with a constant shift too, nvcc 13 adds the table's address to every look-up by an
 // instruction of its own (4.4 issue slots an element on sm_90a, not 3.9).
 template <typename T, bool kNested, int kLog2Block>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+__global__ void __launch_bounds__(kThreads, kLeastBlocks)
     dequantize_kernel(const uint8_t* __restrict__ packed, Scales scales, T* __restrict__ out,
                       int64_t numel, int log2_block, int format, bool aligned) {
   Carve carve;

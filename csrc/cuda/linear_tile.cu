@@ -47,7 +47,7 @@ struct Shape {
 // rows x tokens; the largest fits the 99 KiB of sm_86, sm_89 and sm_120, the last sm_75's 64 KiB.
 using Tokens8 = Shape<8, 1, 1, 1, 4, 3, 2, false>;   // 128 x 8
 using Tokens16 = Shape<8, 1, 1, 2, 4, 2, 2, false>;  // 128 x 16
-using Tokens32 = Shape<8, 1, 1, 4, 4, 2, 2, false>;  // 128 x 32
+using Tokens32 = Shape<8, 1, 1, 4, 4, 2, 1, false>;  // 128 x 32
 using Tokens64 = Shape<4, 2, 2, 4, 1, 4, 1, false>;  // 128 x 64
 using Tokens128 = Shape<4, 2, 2, 8, 1, 3, 1, true>;  // 128 x 128
 using Small = Shape<4, 2, 2, 4, 1, 2, 1, true>;      // 128 x 64, two stages
