@@ -169,7 +169,10 @@ def test_a_yaml_file_configures_finetune_and_the_command_line_wins(
     assert json.loads((tmp_path / "run/adapter_config.json").read_text())["r"] == 2
 
 
-def test_a_killed_finetune_resumes_from_its_last_checkpoint(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_finetune_resumes_from_its_last_checkpoint(
+    folder: Path, tmp_path: Path, stop: signal.Signals
+) -> None:
     output = tmp_path / "run"
     words = ("--model", folder / "base", "--data", folder / "pairs.jsonl", "--output", output)
     steps = ("--max_steps", 60, "--save_steps", 2)
@@ -180,8 +183,8 @@ def test_a_killed_finetune_resumes_from_its_last_checkpoint(folder: Path, tmp_pa
     while not list(output.glob("checkpoint-*/trainer_state.json")):
         assert time.monotonic() < limit and process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(stop)
+    assert process.wait() == (130 if stop is signal.SIGINT else -stop)
     assert not (output / "adapter_model.safetensors").exists()
     done = run("finetune", *words, "--max_steps", 62, "--save_steps", 20)
     assert "Resuming from" in done.stdout

@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from nf4.lora.adapter import write_atomically
+
 OUTPUT = "demo_output"
 VOCAB_SIZE, WINDOW, BATCH = 2048, 128, 16
 PRETRAIN_STEPS, FINETUNE_STEPS = 300, 240
@@ -43,8 +45,9 @@ def main(arguments: list[str]) -> int:
     results["seconds"] = time.monotonic() - started
     results["QLoRA tokens/s"] = finetune_log["tokens_per_second"]
     _plot(args.output)
-    (args.output / "results.json").write_text(
-        json.dumps(results, indent=2, ensure_ascii=False), encoding="utf-8"
+    text = json.dumps(results, indent=2, ensure_ascii=False)
+    write_atomically(
+        args.output / "results.json", lambda path: Path(path).write_text(text, encoding="utf-8")
     )
     _print_table(results, args.output)
     return 0
@@ -191,7 +194,8 @@ def _finetune(output: Path, base: Path, steps: int) -> tuple[Path, float, dict[s
         "seconds": figures["seconds"],
     }
     nf4.save_adapter(model, final)
-    notes.write_text(json.dumps(figures))
+    text = json.dumps(figures)
+    write_atomically(notes, lambda path: Path(path).write_text(text))
     return final, before, figures
 
 
@@ -286,7 +290,7 @@ def _plot(output: Path) -> None:
         ax.plot(*zip(*points, strict=True))
         ax.set(title=title, xlabel="step", ylabel="loss (nats/token)", ylim=(0, None))
         ax.grid(alpha=0.3)
-    figure.savefig(output / "loss.png", dpi=120)
+    write_atomically(output / "loss.png", lambda path: figure.savefig(path, dpi=120, format="png"))
     pyplot.close(figure)
 
 

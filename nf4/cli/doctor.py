@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import nf4
-from nf4 import backends
+from nf4 import backends, optim
 
 # What a person loses without each backend on the device it is for.
 COSTS = {
@@ -60,6 +60,7 @@ def collect() -> dict[str, Any]:
             "platform": platform.platform(),
             "python": platform.python_version(),
             "cpu": _cpu_name(),
+            "cpu kernels": backends.cpu.isa() or "none",
             "threads": torch.get_num_threads(),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
@@ -96,6 +97,10 @@ def self_test(backend: str) -> str:
             y = nf4.linear_lora(leaf_x, q, leaf_a, leaf_b, 0.5, dropout_p=0.1, seed=seed)
             y.square().sum().backward()
             results = [q.packed, q.absmax, nf4.dequantize(q), nf4.linear(x, q), y.detach()]
+            stepped = torch.nn.Parameter(weight.clone())  # large enough for 8-bit states
+            stepped.grad = weight.flip(0)
+            optim.AdamW8bit([stepped], lr=0.1).step()
+            results.append(stepped.detach())
         return results + [t.grad for t in inputs if t.grad is not None]
 
     try:
@@ -113,7 +118,7 @@ def _text(report: dict[str, Any]) -> str:
     for section in ("system", "packages", "compilers"):
         lines.append(f"\n{section}")
         for name, value in report[section].items():
-            shown = ", ".join(value) or "none" if isinstance(value, list) else value or "missing"
+            shown = (", ".join(value) or "none") if isinstance(value, list) else value or "missing"
             lines.append(f"  {name:14} {shown}")
     lines.append("\nbackends")
     for name, entry in report["backends"].items():

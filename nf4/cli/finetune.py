@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,10 +109,14 @@ def _train(own: FinetuneArguments, training: TrainingConfig) -> int:
     if resume is not None:
         print(f"Resuming from {resume}")
     trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
     log = trainer.state.log_history
-    (output / "log.json").write_text(json.dumps(log, indent=1))
-    plot_losses(log, output / "loss.png")
+    with tempfile.TemporaryDirectory(dir=output, prefix=".partial-") as name:
+        whole = Path(name)
+        trainer.save_model(name)
+        (whole / "log.json").write_text(json.dumps(log, indent=1))
+        plot_losses(log, whole / "loss.png")
+        for path in whole.iterdir():  # written whole, then renamed: nothing is ever half there
+            path.replace(output / path.name)
     losses = [row["loss"] for row in log if "loss" in row]
     print(f"{output}: adapter saved; loss {losses[0]:.3f} -> {losses[-1]:.3f}, curve in loss.png")
     return 0
