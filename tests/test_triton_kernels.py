@@ -175,6 +175,31 @@ def test_plans_agree(m: int, dtype: torch.dtype, capability: int) -> None:
         assert error < tolerance, f"{name}: relative error {error:.2e}"
 
 
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_split_backward(dtype: torch.dtype, capability: int) -> None:
+    """A long reduction over N in parts: the LoRA term is added, and masked, in one of them."""
+    case = Matmul((5,), 640, 64, nested=True)
+    weight, dense = case.weight(torch.device("cpu"))
+    shape = tuning.Shape(5, case.n, case.k, case.block_size, True, dtype.itemsize)
+    plan = tuning.linear_backward(shape, tuning.Target(capability, 16))
+    assert plan is not None and plan.split > 1
+    layout = (case.block_size, case.format_id)
+    grad_y, x = torch.randn(5, case.n, dtype=dtype), torch.randn(5, case.k, dtype=dtype)
+    a, b = torch.randn(4, case.k), torch.randn(case.n, 4) * 0.05
+    seed = torch.randint(2**62, (1,))
+
+    dx, _, _ = backend_module.linear_lora_backward(
+        grad_y, x, torch.zeros(5, 4), *weight, a, b, 0.5, 0.25, seed, *layout, True, False
+    )
+
+    mask = reference.dropout_mask(x.shape, 0.25, seed).double()
+    term = (0.5 * grad_y.double() @ b.double() @ a.double()) * mask
+    exact = grad_y.double() @ dense.double() + term
+    tolerance = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
+    assert (dx.double() - exact).norm() / exact.norm() < tolerance
+
+
 def test_plans_cover_every_path(capability: int) -> None:
     """The shapes above reach fused, split and workspace plans where a device has them."""
     target = tuning.Target(capability, 16)
