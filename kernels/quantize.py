@@ -67,4 +67,4 @@ def quantize_kernel(
         first, second = tl.split(tl.reshape(codes, (BLOCKS, BLOCK_SIZE // 2, 2)))
         half: tl.constexpr = BLOCK_SIZE // 2
         byte = block[:, None] * half + tl.arange(0, half)[None, :]
-        tl.store(packed_ptr + byte, ((second << 4) | first).to(tl.uint8), mask=byte < bytes_)
+        tl.store(packed_ptr + byte, ((first << 4) | second).to(tl.uint8), mask=byte < bytes_)
