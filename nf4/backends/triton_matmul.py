@@ -238,7 +238,7 @@ def dense_lora(
     """
     m, n = u.shape[0], v.shape[1]
     k = 0 if x is None else x.shape[1]
-    config = tuning.dense(n, dropout.seed is not None, dtype.itemsize, target_of(u.device))
+    config = tuning.dense(n, k, dropout.seed is not None, dtype.itemsize, target_of(u.device))
     out = torch.empty(m, n, dtype=dtype, device=u.device)
     launch(
         kernel("linear_lora", "dense_lora_kernel"),
@@ -316,7 +316,7 @@ def lora_grad_y(
     """ds = scaling * grad_y lora_b, float32 [M, R]; with s also dB = scaling * grad_y^T s."""
     m, n = grad_y.shape
     r, device = lora_b.shape[1], grad_y.device
-    config = tuning.lora_grad(m, n, r, grad_y.dtype.itemsize, target_of(device))
+    config = tuning.lora_grad(m, n, r, False, grad_y.dtype.itemsize, target_of(device))
     tiles = cdiv(n, config.block_n)
     ds = grad_y.new_empty(tiles, m, r, dtype=torch.float32)
     db = grad_y.new_empty(config.split, n, r, dtype=torch.float32) if s is not None else None
@@ -353,7 +353,9 @@ def lora_grad_a(x: Tensor, ds: Tensor, dropout: Dropout, dtype: torch.dtype) -> 
     """dA = ds^T dropout(x): [R, K]."""
     m, k = x.shape
     r = ds.shape[1]
-    config = tuning.lora_grad(m, k, r, x.dtype.itemsize, target_of(x.device))
+    config = tuning.lora_grad(
+        m, k, r, dropout.seed is not None, x.dtype.itemsize, target_of(x.device)
+    )
     tile_r = tuning.lora_tile(r)
     da = x.new_empty(config.split, r, k, dtype=torch.float32)
     arguments = dropout.arguments(k)

@@ -180,13 +180,16 @@ def linear_backward(shape: Shape, target: Target) -> MatmulConfig | None:
     return MatmulConfig(block_m, block_n, block_k, warps, stages, split)
 
 
-def dense(n: int, dropout: bool, itemsize: int, target: Target) -> MatmulConfig:
+def dense(n: int, k: int, dropout: bool, itemsize: int, target: Target) -> MatmulConfig:
     """Tiles of the dense product with a LoRA term, which ``dropout`` masks."""
     if not tensor_cores(itemsize, target):
-        return MatmulConfig(32, 64, 32, num_warps=4, num_stages=2)
+        return MatmulConfig(32, 32, 32, num_warps=4, num_stages=2)
     if dropout and n % 4:
         # Every element then computes its own random words; 128 x 128 of them spill on sm_86.
         return MatmulConfig(64, 64, 32, num_warps=4, num_stages=3)
+    if target.capability in (90, 100) and (dropout or k % 64):
+        # With 256 columns the random words, or the masks of a ragged reduction, spill on sm_90.
+        return MatmulConfig(128, 128, 64, num_warps=8, num_stages=3)
     if target.capability in (90, 100):
         # 64 accumulators a thread beside 3 stages of 48 KiB; the widest instruction, n = 256.
         return MatmulConfig(128, 256, 64, num_warps=8, num_stages=3)
@@ -207,9 +210,14 @@ def lora_down(m: int, k: int, r: int, itemsize: int, target: Target) -> MatmulCo
     return MatmulConfig(block_m, block_n, block_k, warps, stages, split)
 
 
-def lora_grad(m: int, features: int, r: int, itemsize: int, target: Target) -> MatmulConfig:
+def lora_grad(
+    m: int, features: int, r: int, dropout: bool, itemsize: int, target: Target
+) -> MatmulConfig:
     """Tiles of the gradients of LoRA: ``block_n`` of the features, ``split`` slices of the rows."""
-    if tensor_cores(itemsize, target):
+    if dropout and features % 4:
+        # Every element computes its own random words; 64 x 128 of them spill on sm_90.
+        block_m, block_n, warps, stages = 16, 64, 4, 2
+    elif tensor_cores(itemsize, target):
         # Partial sums of ds take 8 r / block_n bytes an element of grad_y, a quarter at r = 16.
         block_m, block_n, warps, stages = 64, 128, 4, 2
     else:
