@@ -17,6 +17,8 @@ from cases import (
 )
 from numerics import assert_accurate
 
+import nf4
+
 matmuls = pytest.mark.parametrize("case, dtype", matmul_params())
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 
@@ -139,3 +141,18 @@ def test_inputs_are_left_alone(backend: str, device: torch.device) -> None:
 
     for old, new in zip(before, (x, bias, *weight), strict=True):
         assert torch.equal(old, new)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("k", [64, 192, 320])
+def test_nan_of_an_earlier_call_does_not_stay(
+    k: int, rows: int, backend: str, device: torch.device
+) -> None:
+    """A chunk that a short row does not fill once read a stale scale, and 0 * NaN is NaN."""
+    spoiled = nf4.quantize(torch.randn(16, 1024, device=device), double_quant=False)
+    spoiled.absmax.fill_(float("nan"))
+    q = nf4.quantize(torch.randn(16, k, device=device))
+    for dtype in (torch.float32, torch.bfloat16):
+        nf4.linear(torch.randn(rows, 1024, dtype=dtype, device=device), spoiled)
+        y = nf4.linear(torch.randn(rows, k, dtype=dtype, device=device), q)
+        assert torch.isfinite(y).all()

@@ -133,6 +133,8 @@ void dot_rows(const Product& p, const uint32_t* x, int64_t column, int64_t colum
           read_scales(weight, row_block + b, out);
         }
         for (; b < end_block; ++b) *out++ = block_scale(weight, row_block + b);
+        // The lanes past a short last chunk multiply zeros by these; stale memory may hold NaN.
+        std::memset(out, 0, 16 * sizeof(float));
       }
       float sums[kDotColumns][kRows];
       dot_block<Math, kRows>(weight.packed + (column + i) * row_bytes + first / 2, row_bytes, depth,
