@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from nf4.cli.models import model_bytes, save_folder
 from nf4.lora.adapter import write_atomically
 
 OUTPUT = "demo_output"
@@ -132,16 +133,8 @@ def _pretrain(output: Path, steps: int) -> Path:
         weight_decay=0.1,
     )
     model.to(torch.bfloat16)
-    _save_folder(final, lambda path: (model.save_pretrained(path), tokenizer.save_pretrained(path)))
+    save_folder(final, lambda path: (model.save_pretrained(path), tokenizer.save_pretrained(path)))
     return final
-
-
-def _save_folder(final: Path, write: Any) -> None:
-    """Write a folder under a temporary name, then rename it: it is whole or not there."""
-    temporary = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    write(temporary)
-    temporary.rename(final)
 
 
 def _load(base: Path, lora: Any = None, quantize: bool = True) -> tuple[Any, Any]:
@@ -236,12 +229,6 @@ def _answers(model: Any, tokenizer: Any) -> tuple[list[tuple[str, str]], float]:
     return answers, tokens / (time.monotonic() - started)
 
 
-def _model_bytes(model: Any) -> int:
-    """Bytes of all parameters and buffers, tied ones once."""
-    tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
-    return sum(t.nbytes for t in tensors.values())
-
-
 def _compare(base: Path, adapter: Path) -> dict[str, Any]:
     """Reload everything from disk and measure each stage."""
     import nf4
@@ -249,11 +236,11 @@ def _compare(base: Path, adapter: Path) -> dict[str, Any]:
 
     results: dict[str, Any] = {}
     plain, tokenizer = _load(base, quantize=False)
-    results["16-bit bytes"] = _model_bytes(plain)
+    results["16-bit bytes"] = model_bytes(plain)
     del plain
     model, tokenizer = _load(base)
     dataset = Pairs(tokenizer)
-    results["NF4 bytes"] = _model_bytes(model)
+    results["NF4 bytes"] = model_bytes(model)
     nf4.load_adapter(model, adapter)
     results["adapter bytes"] = (adapter / "adapter_model.safetensors").stat().st_size
     results["pairs loss after (NF4 + adapter, reloaded)"] = _pairs_loss(model, dataset)

@@ -15,6 +15,7 @@ from nf4.cli.models import (
     is_quantized,
     load_model,
     load_tokenizer,
+    model_bytes,
     quiet_transformers,
 )
 
@@ -84,10 +85,9 @@ def _row(name: str, model: Any, windows: list[list[int]]) -> dict[str, Any]:
             ids = torch.tensor([window], device=model.device)
             total += model.eval()(ids, labels=ids).loss.item() * (len(window) - 1)
             count += len(window) - 1
-    tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
     return {
         "model": name,
-        "bytes": sum(t.nbytes for t in tensors.values()),
+        "bytes": model_bytes(model),
         "loss": total / count,
         "perplexity": math.exp(min(total / count, 700.0)),
         "tokens": int(count),

@@ -85,6 +85,12 @@ def load_tokenizer(model: str) -> Any:
     return tokenizer
 
 
+def model_bytes(model: Any) -> int:
+    """Bytes of all parameters and buffers, tied ones once."""
+    tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
+    return sum(t.nbytes for t in tensors.values())
+
+
 def save_folder(target: str | Path, write: Callable[[Path], object]) -> None:
     """Write a folder under a temporary name beside ``target``, then rename it.
 
