@@ -50,10 +50,15 @@ def _results(value: object) -> tuple[Tensor, ...]:
     return value
 
 
-def _differing_bytes(got: Tensor, expected: Tensor) -> float:
-    a = got.detach().contiguous().view(-1).view(torch.uint8)
-    b = expected.contiguous().view(-1).view(torch.uint8)
-    return 1.0 if a.shape != b.shape else (a != b).float().mean().item()
+def differing_bytes(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Share of all bytes of ``expected`` that differ; 1 where sizes do."""
+    different = total = 0
+    for result, reference in zip(got, expected, strict=False):
+        a = result.detach().contiguous().view(-1).view(torch.uint8)
+        b = reference.contiguous().view(-1).view(torch.uint8)
+        total += b.numel()
+        different += b.numel() if a.shape != b.shape else int((a != b).sum())
+    return different / total
 
 
 def relative_errors(got: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
@@ -68,13 +73,12 @@ def relative_errors(got: Sequence[Tensor], expected: Sequence[Tensor]) -> list[f
 
 def _judge_exact(workload: Workload, contender: Contender) -> Verdict:
     got = _results(contender.calls[0]())
-    pairs = zip(got, workload.expected, strict=False)
-    share = max(_differing_bytes(result, reference) for result, reference in pairs)
+    share = differing_bytes(got, workload.expected)
     if not contender.ours:
         return Verdict(share, "")
     if len(got) != len(workload.expected):
         return Verdict(share, f"{len(got)} results instead of {len(workload.expected)}")
-    return Verdict(share, f"{share:.2%} of its bytes differ from the reference" if share else "")
+    return Verdict(share, f"{share:.2g} of its bytes differ from the reference" if share else "")
 
 
 def _judge(

@@ -135,9 +135,10 @@ def linear(case: Case, layer: Layer, x: Tensor, bench: Bench) -> list[Contender]
         if _repacks(layer):
             packed = _bnb_repacked(layer, x)
             contenders.append(Contender("bitsandbytes_eval", [_forward(m, x) for m in packed]))
-    # torchao's scales come in blocks of 256, without a tail.
-    whole = layer.n * layer.k % (BLOCK_SIZE * 256) == 0
-    if "torchao" in bench.peers and case.dtype is torch.bfloat16 and whole:
+    # torchao's scales come in blocks of 256, without a tail; it decodes the whole weight whatever M
+    # is, so two token counts say all.
+    fits = layer.n * layer.k % (BLOCK_SIZE * 256) == 0 and case.m in (1, 512)
+    if "torchao" in bench.peers and case.dtype is torch.bfloat16 and fits:
         contenders.append(_torchao(layer, x))
     return contenders
 
