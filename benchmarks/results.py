@@ -199,5 +199,14 @@ def read(paths: Sequence[Path]) -> list[Row]:
     return list(latest.values())
 
 
+def rewrite(path: Path) -> None:
+    """Keep only the rows that count (see ``read``), in a file that is never half written."""
+    rows = read([path])
+    partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)
+    append(partial, rows)
+    partial.replace(path)
+
+
 def _typed(kind: type, line: dict[str, str]) -> dict:
     return {f.name: _parse(str(f.type), line[f.name]) for f in fields(kind)}

@@ -8,7 +8,8 @@
   python benchmarks/run.py --check out.csv            the project's thresholds against a file
   python benchmarks/run.py --plot out.csv --readme README.md
 
-Rows are appended, so a sweep can be run in pieces. Exit status 1: an nf4 op was wrong (it is then
+Rows of a case replace older ones of the same machine in the file, so a sweep can be run in pieces,
+and --missing repeats what another process disturbed. Exit status 1: an nf4 op was wrong (it is then
 not timed), or a threshold of --check was missed.
 """
 
@@ -72,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     how.add_argument("--rounds", type=int)
     how.add_argument("--csv", type=Path, metavar="FILE", help="append the rows here")
+    how.add_argument("--seconds", type=float, default=float("inf"), help="start no case after")
+    how.add_argument("--missing", action="store_true", help="only what --csv lacks or has noisy")
     show = parser.add_argument_group("instead of running, show files of rows")
     show.add_argument("--check", type=Path, nargs="+", metavar="CSV", help="thresholds, pass/fail")
     show.add_argument("--table", type=Path, nargs="+", metavar="CSV", help="as Markdown")

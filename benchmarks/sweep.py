@@ -15,7 +15,7 @@ import nf4
 from benchmarks import peers, results
 from benchmarks.measure import OPS, Outcome, run_case
 from benchmarks.peaks import CpuPeaks, CudaPeaks
-from benchmarks.results import Row
+from benchmarks.results import Environment, Measurement, Row
 from benchmarks.workload import LORA_RANK, Bench, Case, Layer
 from nf4.backends import cpu
 
@@ -164,10 +164,41 @@ def run_cases(
     return red, left_out
 
 
+def _measured(path: Path, env: Environment) -> set[tuple[str, int, int, int, str]]:
+    """The cases that a file has quiet rows for, from this commit, machine, level and threads."""
+    if not path.exists():
+        return set()
+    here = [
+        row
+        for row in results.read([path])
+        if replace(row.environment, date="") == replace(env, date="")
+    ]
+    noisy = {_key(row.measurement) for row in here if row.measurement.noisy}
+    return {_key(row.measurement) for row in here} - noisy
+
+
+def _key(m: Measurement) -> tuple[str, int, int, int, str]:
+    return m.op, m.n, m.k, m.m, m.dtype
+
+
+def _case_key(case: Case) -> tuple[str, int, int, int, str]:
+    return case.op, case.n, case.k, case.m, str(case.dtype).removeprefix("torch.")
+
+
 def run(args: argparse.Namespace) -> list[str]:
     """Run the sweep that ``args`` describe; returns what was wrong."""
     bench = _bench(args)
     rounds = args.rounds or (2 if args.quick else 5)
     budget = 0.03 if args.quick else 0.08
-    cases = _cases(args, bench.device)
-    return run_cases(bench, cases, args.csv, rounds, budget, args.contender or ())[0]
+    cases: Iterable[Case] = _cases(args, bench.device)
+    if args.missing and args.csv:
+        env = results.environment(bench.device, bench.isa, bench.threads)
+        have = _measured(args.csv, env)
+        cases = [case for case in cases if _case_key(case) not in have]
+    only = args.contender or ()
+    red, left_out = run_cases(bench, cases, args.csv, rounds, budget, only, args.seconds)
+    if args.csv and args.csv.exists():
+        results.rewrite(args.csv)
+    if left_out:
+        print(f"left out for time: {len(left_out)} cases")
+    return red

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib
 import shutil
 import subprocess
@@ -54,6 +55,31 @@ def test_quick_sweep_writes_complete_rows(tmp_path: Path, benchmarks) -> None:
         if row["limit"] and row["contender"] == "nf4":
             assert float(row["share"]) > 0 and float(row["limit_ms"]) > 0
     assert len(benchmarks("results").read([path])) == len(rows)
+
+
+def test_a_later_row_of_the_same_case_counts(tmp_path: Path, benchmarks) -> None:
+    results = benchmarks("results")
+    path = tmp_path / "rows.csv"
+    for milliseconds, noisy in ((2.0, True), (1.0, False)):
+        results.append(path, [_row(results, milliseconds, noisy)])
+    results.rewrite(path)
+    assert path.read_text().count("\n") == 2
+    (row,) = results.read([path])
+    assert row.measurement.ms_p50 == 1.0 and not row.measurement.noisy
+    path.write_text("other,columns\n1,2\n")
+    with pytest.raises(ValueError, match=r"must have the columns of results\.py"):
+        results.read([path])
+
+
+def _row(results, milliseconds: float, noisy: bool):
+    """A row whose fields hold what their types allow, apart from those named."""
+    blank = {"str": "x", "int": 1, "bool": False}
+    kinds = (results.Environment, results.Measurement)
+    env, measured = (
+        kind(**{f.name: blank.get(f.type, 0.5) for f in dataclasses.fields(kind)}) for kind in kinds
+    )
+    measured = dataclasses.replace(measured, ms_p50=milliseconds, noisy=noisy)
+    return results.Row(env, measured)
 
 
 @needs_compiler
