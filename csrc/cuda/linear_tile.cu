@@ -6,12 +6,8 @@
 // registers, because a byte of two codes becomes two packed elements by one look-up. The table of
 // 256 pairs has 32 copies, one per lane, so that no look-up meets another in a bank. Scales
 // multiply the float32 sum of each 64-element chunk, and so add no rounding to a weight.
-#include "launch.cuh"
-#include "matmul.cuh"
-#include "schedule.cuh"
-#include "shared.cuh"
+#include "tile.cuh"
 #include "up.cuh"
-#include "vector.cuh"
 
 namespace nf4::cuda {
 namespace {
@@ -52,47 +48,6 @@ using Tokens64 = Shape<4, 2, 2, 4, 1, 4, 1, false>;  // 128 x 64
 using Tokens128 = Shape<4, 2, 2, 8, 1, 3, 1, true>;  // 128 x 128
 using Small = Shape<4, 2, 2, 4, 1, 2, 1, true>;      // 128 x 64, two stages
 
-struct Arguments {
-  const void* x;
-  const uint8_t* packed;
-  Scales scales;
-  const void* bias;
-  void* y;
-  float* partial;
-  int64_t m, n, k;
-  int log2_block;
-  Up up;
-  Schedule schedule;
-  int64_t row_tiles, token_tiles;
-};
-
-template <typename S>
-__device__ __forceinline__ TilePosition position(const Arguments& p, int64_t tile) {
-  if constexpr (!S::kManyTokens) return {tile, 0};
-  return tile_position(tile, p.row_tiles, p.token_tiles);
-}
-
-// Where the fragments of this thread lie in the output. The rows of a warp are permuted so that a
-// thread owns 2 * kRowTiles consecutive features.
-template <typename S>
-struct Place {
-  int64_t row_base, token_base;  // of the warp
-  int g, t;
-
-  __device__ Place(const Arguments& p, int64_t tile) {
-    const TilePosition at = position<S>(p, tile);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    g = lane / 4;
-    t = lane % 4;
-    row_base = at.row_tile * S::kRows + warp / S::kWarpsToken * S::kWarpRows;
-    token_base = at.token_tile * S::kTokens + warp % S::kWarpsToken * (8 * S::kTokenTiles);
-  }
-  __device__ int64_t first_token() const { return token_base + 2 * t; }
-  __device__ int64_t feature(int rt, int half) const {
-    return row_base + g * 2 * S::kRowTiles + 2 * rt + half;
-  }
-};
-
 // The position in shared memory of row `row` of a CTA tile, undoing the permutation.
 template <typename S>
 __device__ __forceinline__ int row_position(int row) {
@@ -105,11 +60,13 @@ __device__ __forceinline__ int row_position(int row) {
 // [piece][token][lane of the quad][16 bytes]. A thread always copies the same piece of rows a fixed
 // distance apart, so only a new tile costs index arithmetic.
 template <typename T, typename S>
-class Loader {
+class ForwardLoader {
  public:
-  __device__ Loader(const Arguments& p, int64_t cta) : at_(p.schedule, cta) { enter_tile(p); }
+  __device__ ForwardLoader(const TileArguments& p, int64_t cta) : at_(p.schedule, cta) {
+    enter_tile(p);
+  }
 
-  __device__ __forceinline__ void load(const Arguments& p, unsigned char* weights,
+  __device__ __forceinline__ void load(const TileArguments& p, unsigned char* weights,
                                        unsigned char* tokens) {
     const bool weight_k = k_ + kWeightK() < p.k;
     unsigned char* weight_to = weights + threadIdx.x % S::kPieces * S::kWeightPiece;
@@ -152,7 +109,7 @@ class Loader {
   static __device__ __forceinline__ int kWeightK() { return threadIdx.x % S::kPieces * 32; }
   static __device__ __forceinline__ int kTokenK() { return threadIdx.x % kParts * 8; }
 
-  __device__ __forceinline__ void enter_tile(const Arguments& p) {
+  __device__ __forceinline__ void enter_tile(const TileArguments& p) {
     const TilePosition tile = position<S>(p, at_.tile);
     k_ = static_cast<int64_t>(at_.step) * S::kStep;
     const int64_t rows = p.n - tile.row_tile * S::kRows;
@@ -162,7 +119,7 @@ class Loader {
     const int64_t row = tile.row_tile * S::kRows + threadIdx.x / S::kPieces;
     const int64_t token = tile.token_tile * S::kTokens + threadIdx.x / kParts;
     weight_ = p.packed + (row * p.k + k_ + kWeightK()) / 2;
-    token_ = static_cast<const T*>(p.x) + token * p.k + k_ + kTokenK();
+    token_ = static_cast<const T*>(p.in) + token * p.k + k_ + kTokenK();
   }
 
   Cursor at_;
@@ -175,27 +132,21 @@ class Loader {
 // The scales of the steps of one tile, loaded a step ahead: lane t of a quad holds chunk
 // t % kChunks of each of the quad's rows.
 template <typename S>
-class TileScales {
+class ForwardScales {
  public:
-  __device__ __forceinline__ TileScales(const Arguments& p, const Place<S>& place, int step) {
+  __device__ __forceinline__ ForwardScales(const TileArguments& p, const Place<S>& place,
+                                           int step) {
     k_ = static_cast<int64_t>(step) * S::kStep + threadIdx.x % 4 % S::kChunks * kChunk;
-    flat_ = place.feature(0, 0) * p.k + k_;
-    const int64_t rows = p.n - place.feature(0, 0);
+    flat_ = place.row(0, 0) * p.k + k_;
+    const int64_t rows = p.n - place.row(0, 0);
     rows_left_ = rows < 0 ? 0 : rows < 2 * S::kRowTiles ? static_cast<int>(rows) : 2 * S::kRowTiles;
   }
-  __device__ __forceinline__ void load(const Arguments& p) {
+  __device__ __forceinline__ void load(const TileArguments& p) {
 #pragma unroll
     for (int i = 0; i < 2 * S::kRowTiles; ++i) {
-      raw_[i] = 0;
-      nested_[i] = 0.0f;
+      raw_[i].clear();
       if (i >= rows_left_ || k_ >= p.k) continue;
-      const int64_t block = (flat_ + i * p.k) >> p.log2_block;
-      if (p.scales.nested_absmax == nullptr) {
-        raw_[i] = static_cast<const uint32_t*>(p.scales.absmax)[block];
-      } else {
-        raw_[i] = static_cast<const uint8_t*>(p.scales.absmax)[block];
-        nested_[i] = p.scales.nested_absmax[block / NF4_NESTED_BLOCK_SIZE];
-      }
+      raw_[i].load(p.scales, (flat_ + i * p.k) >> p.log2_block);
     }
     k_ += S::kStep;
     flat_ += S::kStep;
@@ -204,22 +155,20 @@ class TileScales {
                                          float (&scale)[S::kRowTiles][2]) const {
 #pragma unroll
     for (int i = 0; i < 2 * S::kRowTiles; ++i) {
-      scale[i / 2][i % 2] =
-          is_nested ? map[raw_[i]] * nested_[i] + offset : __uint_as_float(raw_[i]);
+      scale[i / 2][i % 2] = raw_[i].decode(map, offset, is_nested);
     }
   }
 
  private:
   int64_t k_, flat_;
   int rows_left_;
-  uint32_t raw_[2 * S::kRowTiles];
-  float nested_[2 * S::kRowTiles];
+  RawScale raw_[2 * S::kRowTiles];
 };
 
 // One step of K on all fragments of the warp.
 template <typename T, typename S>
-__device__ __forceinline__ void compute_step(float (&acc)[S::kRowTiles][S::kTokenTiles][4],
-                                             const uint32_t* table, const unsigned char* weights,
+__device__ __forceinline__ void compute_step(Accumulators<S>& acc, const uint32_t* table,
+                                             const unsigned char* weights,
                                              const unsigned char* tokens,
                                              const float (&scale)[S::kRowTiles][2]) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -279,12 +228,11 @@ __device__ __forceinline__ void compute_step(float (&acc)[S::kRowTiles][S::kToke
 
 // Adds the bias, rounds and stores the fragments of one tile.
 template <typename T, typename S>
-__device__ __forceinline__ void store_tile(const float (&acc)[S::kRowTiles][S::kTokenTiles][4],
-                                           const Arguments& p, int64_t tile) {
-  const Place<S> place(p, tile);
-  auto* y = static_cast<T*>(p.y);
+__device__ __forceinline__ void store_tile(const Accumulators<S>& acc, const TileArguments& p,
+                                           const Place<S>& place) {
+  auto* y = static_cast<T*>(p.out);
   float bias[2 * S::kRowTiles] = {};
-  const int64_t first = place.feature(0, 0);
+  const int64_t first = place.row(0, 0);
 #pragma unroll
   for (int i = 0; i < 2 * S::kRowTiles; ++i) {
     if (p.bias != nullptr && first + i < p.n) {
@@ -314,89 +262,50 @@ __device__ __forceinline__ void store_tile(const float (&acc)[S::kRowTiles][S::k
   }
 }
 
+template <typename T, typename S_>
+struct Forward {
+  using S = S_;
+  using Entry = uint32_t;  // two packed elements
+  using Loader = ForwardLoader<T, S>;
+  using TileScales = ForwardScales<S>;
+  using Scale = float[S::kRowTiles][2];
+
+  // 32 copies of each pair.
+  static __device__ __forceinline__ void fill_table(uint32_t* table, int format) {
+    for (int i = threadIdx.x; i < 256 * 8; i += S::kThreads) {
+      const uint32_t v = pack2<T>(kCodes4[format][i / 8 >> 4], kCodes4[format][i / 8 & 15]);
+      reinterpret_cast<uint4*>(table)[i] = make_uint4(v, v, v, v);
+    }
+  }
+  static __device__ __forceinline__ void start(Accumulators<S>&, const TileArguments&,
+                                               const Place<S>&) {}
+  static __device__ __forceinline__ void step(Accumulators<S>& acc, const uint32_t* table,
+                                              const unsigned char* weights,
+                                              const unsigned char* tokens, const Scale& scale) {
+    compute_step<T, S>(acc, table, weights, tokens, scale);
+  }
+  static __device__ __forceinline__ void finish(Accumulators<S>& acc, const TileArguments& p,
+                                                const Place<S>& place) {
+    if (p.up.left == nullptr) return;
+    add_up<T, false>(
+        acc, p.up, p.n, p.m, [&](int rt, int half) { return place.row(rt, half); },
+        [&](int tt) { return place.token_base + tt * 8 + place.g; });
+  }
+  static __device__ __forceinline__ void store(const Accumulators<S>& acc, const TileArguments& p,
+                                               const Place<S>& place) {
+    store_tile<T, S>(acc, p, place);
+  }
+};
+
 template <typename T, typename S>
 __global__ void __launch_bounds__(S::kThreads, S::kCtasPerSm)
-    linear_tile_kernel(const Arguments p, int format) {
-  Carve carve;
-  uint32_t* table = carve.take<uint32_t>(S::kTable / 4, 128);
-  float* map = carve.take<float>(S::kMap / 4);
-  unsigned char* weights = carve.take<unsigned char>(S::kStages * S::kWeightStage);
-  unsigned char* tokens = carve.take<unsigned char>(S::kStages * S::kTokenStage);
-
-  const int64_t cta = blockIdx.x;
-  const int64_t count = p.schedule.count(cta);
-  Loader<T, S> loader(p, cta);
-#pragma unroll
-  for (int stage = 0; stage < S::kStages - 1; ++stage) {
-    if (stage < count) {
-      loader.load(p, weights + stage * S::kWeightStage, tokens + stage * S::kTokenStage);
-    }
-    cp_async_commit();
-  }
-  for (int i = threadIdx.x; i < 256 * 8; i += S::kThreads) {
-    const uint32_t v = pack2<T>(kCodes4[format][i / 8 >> 4], kCodes4[format][i / 8 & 15]);
-    reinterpret_cast<uint4*>(table)[i] = make_uint4(v, v, v, v);
-  }
-  for (int i = threadIdx.x; i < 256; i += S::kThreads) map[i] = kCodes8[0][i];
-
-  const bool is_nested = p.scales.nested_absmax != nullptr;
-  const float offset = is_nested ? p.scales.offset[0] : 0.0f;
-  Cursor at(p.schedule, cta);
-  int stage = 0;
-  for (int64_t done = 0; done < count;) {
-    const Place<S> place(p, at.tile);
-    const int64_t to_end = at.steps - at.step, to_leave = count - done;
-    const int steps = static_cast<int>(to_end < to_leave ? to_end : to_leave);
-    TileScales<S> scales(p, place, at.step);
-    scales.load(p);
-    float acc[S::kRowTiles][S::kTokenTiles][4] = {};
-#pragma unroll 1
-    for (int i = 0; i < steps; ++i) {
-#if !defined(NF4_PLANT_MISSING_WAIT)
-      cp_async_wait<S::kStages - 2>();
-#endif
-#if !defined(NF4_PLANT_MISSING_BARRIER)
-      __syncthreads();  // the stage has landed for all, and all have left the one loaded next
-#endif
-      if (done + i + S::kStages - 1 < count) {
-        const int to = stage == 0 ? S::kStages - 1 : stage - 1;
-        loader.load(p, weights + to * S::kWeightStage, tokens + to * S::kTokenStage);
-      }
-      cp_async_commit();
-      float scale[S::kRowTiles][2];
-      scales.decode(map, offset, is_nested, scale);
-      if (i + 1 < steps) scales.load(p);
-      compute_step<T, S>(acc, table, weights + stage * S::kWeightStage,
-                         tokens + stage * S::kTokenStage, scale);
-      stage = stage + 1 == S::kStages ? 0 : stage + 1;
-    }
-
-    const bool last = steps == to_end;
-    if (last && p.up.left != nullptr) {
-      add_up<T, false>(
-          acc, p.up, p.n, p.m, [&](int rt, int half) { return place.feature(rt, half); },
-          [&](int tt) { return place.token_base + tt * 8 + place.g; });
-    }
-    if (last && at.step == 0) {
-      store_tile<T, S>(acc, p, at.tile);
-    } else {
-      store_partial<S>(acc, p.partial, partial_slot(cta, at.step != 0), place.first_token(), p.m);
-    }
-    done += steps;
-    at.leave();
-  }
-  cp_async_wait<0>();
+    linear_tile_kernel(const TileArguments p, int format) {
+  run_tiles<Forward<T, S>>(p, format);
 }
 
-// Sums the partial results of one tile in CTA order.
 template <typename T, typename S>
-__global__ void __launch_bounds__(S::kThreads) linear_sum_kernel(const Arguments p) {
-  float acc[S::kRowTiles][S::kTokenTiles][4] = {};
-  const int64_t tile = blockIdx.x;
-  const Place<S> place(p, tile);
-  if (sum_partials<S>(acc, p.schedule, p.partial, tile, place.first_token(), p.m)) {
-    store_tile<T, S>(acc, p, tile);
-  }
+__global__ void __launch_bounds__(S::kThreads) linear_sum_kernel(const TileArguments p) {
+  run_sums<Forward<T, S>>(p);
 }
 
 // Calls `body(T(), Shape())` for the kernel that takes the problem.
@@ -413,36 +322,14 @@ auto with_kernel(const Matmul& p, const Body& body) {
   return p.dtype == NF4_FLOAT16 ? by_shape(__half()) : by_shape(__nv_bfloat16());
 }
 
-template <typename S>
-Schedule schedule_of(const Matmul& p, int64_t row_tiles, int64_t token_tiles) {
-  return make_schedule(row_tiles * token_tiles, (p.weight.k + S::kStep - 1) / S::kStep,
-                       S::kCtasPerSm);
-}
-
-template <typename S>
-int64_t row_tiles_of(const Matmul& p) {
-  return (p.weight.n + S::kRows - 1) / S::kRows;
-}
-template <typename S>
-int64_t token_tiles_of(const Matmul& p) {
-  return (p.m + S::kTokens - 1) / S::kTokens;
-}
-
 }  // namespace
 
-bool tile_forward_takes(const Matmul& p) {
-  const nf4_weight& w = p.weight;
-  if (!is_4bit(w.format) || w.block_size < kChunk || w.k % kChunk != 0) return false;
-  if (p.dtype != NF4_FLOAT16 && p.dtype != NF4_BFLOAT16) return false;
-  if (p.dtype == NF4_BFLOAT16 && device().compute_capability < 80) return false;
-  return p.m > 0 && w.n > 0 && aligned16(p.in) && aligned16(w.packed) && aligned16(p.out);
-}
+bool tile_forward_takes(const Matmul& p) { return tiles_take(p); }
 
 size_t tile_forward_workspace(const Matmul& p) {
   return with_kernel(p, [&](auto, auto shape) -> size_t {
     using S = decltype(shape);
-    const Schedule s = schedule_of<S>(p, row_tiles_of<S>(p), token_tiles_of<S>(p));
-    return s.whole_tiles ? 0 : 2 * s.ctas * sizeof(float) * S::kPartial;
+    return partial_bytes<S>(tile_arguments<S>(p, p.weight.n, p.weight.k, nullptr).schedule);
   });
 }
 
@@ -450,20 +337,9 @@ int tile_forward(const Matmul& p, void* workspace, cudaStream_t stream) {
   return with_kernel(p, [&](auto element, auto shape) -> int {
     using T = decltype(element);
     using S = decltype(shape);
-    const nf4_weight& w = p.weight;
-    const int64_t row_tiles = row_tiles_of<S>(p), token_tiles = token_tiles_of<S>(p);
-    const Arguments a{p.in,         w.packed,
-                      scales_of(w), p.bias,
-                      p.out,        static_cast<float*>(workspace),
-                      p.m,          w.n,
-                      w.k,          log2_of(w.block_size),
-                      p.up,         schedule_of<S>(p, row_tiles, token_tiles),
-                      row_tiles,    token_tiles};
-    const int status = launch(linear_tile_kernel<T, S>, dim3(a.schedule.ctas), dim3(S::kThreads),
-                              S::kShared, stream, a, w.format);
-    if (status != 0 || a.schedule.whole_tiles) return status;
-    return launch(linear_sum_kernel<T, S>, dim3(static_cast<unsigned>(a.schedule.tiles)),
-                  dim3(S::kThreads), 0, stream, a);
+    const TileArguments a = tile_arguments<S>(p, p.weight.n, p.weight.k, workspace);
+    return launch_tiles<S>(linear_tile_kernel<T, S>, linear_sum_kernel<T, S>, a, p.weight.format,
+                           stream);
   });
 }
 

@@ -69,7 +69,9 @@ def build(mode: str, plant: str | None = None) -> Path:
 
     def compile_one(source: Path) -> Path:
         own = runtime_flags if source in runtime else kernel_flags
-        if plant is not None and f"NF4_PLANT_{plant}" in source.read_text():
+        text = source.read_text()
+        text += "".join(path.read_text() for path in headers if f'"{path.name}"' in text)
+        if plant is not None and f"NF4_PLANT_{plant}" in text:
             own = (*own, f"-DNF4_PLANT_{plant}")
         name = digest(source.read_bytes(), " ".join((*COMMON, *own)).encode())
         target = cache / f"{source.stem}-{name}.o"

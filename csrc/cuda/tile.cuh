@@ -1,0 +1,208 @@
+// What the tensor-core matmuls share, forward (linear_tile.cu) and backward (backward_tile.cu):
+// where fragments lie, the main loop over the units of a CTA, partial sums, and the launch.
+//
+// Weights are the 16-row operand of mma.m16n8k16 and tokens its 8 columns. A CTA tile is S::kRows
+// output columns of the weight ("rows": n forward, k backward) times S::kTokens tokens.
+#pragma once
+
+#include "launch.cuh"
+#include "matmul.cuh"
+#include "schedule.cuh"
+#include "shared.cuh"
+#include "vector.cuh"
+
+namespace nf4::cuda {
+
+struct TileArguments {
+  const void* in;
+  const uint8_t* packed;
+  Scales scales;
+  const void* bias;
+  void* out;
+  float* partial;
+  int64_t m, n, k;
+  int log2_block;
+  Up up;
+  Schedule schedule;
+  int64_t row_tiles, token_tiles;
+};
+
+template <typename S>
+using Accumulators = float[S::kRowTiles][S::kTokenTiles][4];
+
+template <typename S>
+__device__ __forceinline__ TilePosition position(const TileArguments& p, int64_t tile) {
+  if constexpr (!S::kManyTokens) return {tile, 0};
+  return tile_position(tile, p.row_tiles, p.token_tiles);
+}
+
+// Where the fragments of this thread lie in the output. The rows of a warp are permuted so that a
+// thread owns 2 * kRowTiles consecutive ones.
+template <typename S>
+struct Place {
+  int64_t row_base, token_base;  // of the warp
+  int g, t;
+
+  __device__ Place(const TileArguments& p, int64_t tile) {
+    const TilePosition at = position<S>(p, tile);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    g = lane / 4;
+    t = lane % 4;
+    row_base = at.row_tile * S::kRows + warp / S::kWarpsToken * S::kWarpRows;
+    token_base = at.token_tile * S::kTokens + warp % S::kWarpsToken * (8 * S::kTokenTiles);
+  }
+  __device__ int64_t first_token() const { return token_base + 2 * t; }
+  __device__ int64_t row(int rt, int half) const {
+    return row_base + g * 2 * S::kRowTiles + 2 * rt + half;
+  }
+};
+
+// The scale of one block as it is stored, loaded a step before it is decoded.
+struct RawScale {
+  uint32_t code;  // or the bits of a float
+  float nested;
+
+  __device__ __forceinline__ void clear() {
+    code = 0;
+    nested = 0.0f;
+  }
+  __device__ __forceinline__ void load(const Scales& scales, int64_t block) {
+    if (scales.nested_absmax == nullptr) {
+      code = static_cast<const uint32_t*>(scales.absmax)[block];
+    } else {
+      code = static_cast<const uint8_t*>(scales.absmax)[block];
+      nested = scales.nested_absmax[block / NF4_NESTED_BLOCK_SIZE];
+    }
+  }
+  // `map` is the 8-bit map in shared memory.
+  __device__ __forceinline__ float decode(const float* map, float offset, bool is_nested) const {
+    return is_nested ? map[code] * nested + offset : __uint_as_float(code);
+  }
+};
+
+// The body of a tile kernel. Kernel::Loader starts the copies of one step after the other,
+// Kernel::TileScales gives the scales of each step of a tile; start, step and finish work on the
+// accumulators before, in and after the reduction, and store writes a tile that is complete.
+template <typename Kernel>
+__device__ __forceinline__ void run_tiles(const TileArguments& p, int format) {
+  using S = typename Kernel::S;
+  Carve carve;
+  auto* table = carve.take<typename Kernel::Entry>(S::kTable / sizeof(typename Kernel::Entry), 128);
+  float* map = carve.take<float>(S::kMap / 4);
+  unsigned char* weights = carve.take<unsigned char>(S::kStages * S::kWeightStage);
+  unsigned char* tokens = carve.take<unsigned char>(S::kStages * S::kTokenStage);
+
+  const int64_t cta = blockIdx.x;
+  const int64_t count = p.schedule.count(cta);
+  typename Kernel::Loader loader(p, cta);
+#pragma unroll
+  for (int stage = 0; stage < S::kStages - 1; ++stage) {
+    if (stage < count) {
+      loader.load(p, weights + stage * S::kWeightStage, tokens + stage * S::kTokenStage);
+    }
+    cp_async_commit();
+  }
+  Kernel::fill_table(table, format);
+  for (int i = threadIdx.x; i < 256; i += S::kThreads) map[i] = kCodes8[0][i];
+
+  const bool is_nested = p.scales.nested_absmax != nullptr;
+  const float offset = is_nested ? p.scales.offset[0] : 0.0f;
+  Cursor at(p.schedule, cta);
+  int stage = 0;
+  for (int64_t done = 0; done < count;) {
+    const Place<S> place(p, at.tile);
+    const int64_t to_end = at.steps - at.step, to_leave = count - done;
+    const int steps = static_cast<int>(to_end < to_leave ? to_end : to_leave);
+    typename Kernel::TileScales scales(p, place, at.step);
+    scales.load(p);
+    Accumulators<S> acc = {};
+    if (at.step == 0) Kernel::start(acc, p, place);
+#pragma unroll 1
+    for (int i = 0; i < steps; ++i) {
+#if !defined(NF4_PLANT_MISSING_WAIT)
+      cp_async_wait<S::kStages - 2>();
+#endif
+#if !defined(NF4_PLANT_MISSING_BARRIER)
+      __syncthreads();  // the stage has landed for all, and all have left the one loaded next
+#endif
+      if (done + i + S::kStages - 1 < count) {
+        const int to = stage == 0 ? S::kStages - 1 : stage - 1;
+        loader.load(p, weights + to * S::kWeightStage, tokens + to * S::kTokenStage);
+      }
+      cp_async_commit();
+      typename Kernel::Scale scale;
+      scales.decode(map, offset, is_nested, scale);
+      if (i + 1 < steps) scales.load(p);
+      Kernel::step(acc, table, weights + stage * S::kWeightStage, tokens + stage * S::kTokenStage,
+                   scale);
+      stage = stage + 1 == S::kStages ? 0 : stage + 1;
+    }
+
+    const bool last = steps == to_end;
+    if (last) Kernel::finish(acc, p, place);
+    if (last && at.step == 0) {
+      Kernel::store(acc, p, place);
+    } else {
+      store_partial<S>(acc, p.partial, partial_slot(cta, at.step != 0), place.first_token(), p.m);
+    }
+    done += steps;
+    at.leave();
+  }
+  cp_async_wait<0>();
+}
+
+// The body of the second kernel: adds the partial results of one tile in CTA order.
+template <typename Kernel>
+__device__ __forceinline__ void run_sums(const TileArguments& p) {
+  using S = typename Kernel::S;
+  Accumulators<S> acc = {};
+  const int64_t tile = blockIdx.x;
+  const Place<S> place(p, tile);
+  if (sum_partials<S>(acc, p.schedule, p.partial, tile, place.first_token(), p.m)) {
+    Kernel::store(acc, p, place);
+  }
+}
+
+// `rows` and `reduced` are n and k forward, k and n backward.
+template <typename S>
+TileArguments tile_arguments(const Matmul& p, int64_t rows, int64_t reduced, void* workspace) {
+  const nf4_weight& w = p.weight;
+  const int64_t row_tiles = (rows + S::kRows - 1) / S::kRows;
+  const int64_t token_tiles = (p.m + S::kTokens - 1) / S::kTokens;
+  const Schedule schedule =
+      make_schedule(row_tiles * token_tiles, (reduced + S::kStep - 1) / S::kStep, S::kCtasPerSm);
+  return {p.in,         w.packed,
+          scales_of(w), p.bias,
+          p.out,        static_cast<float*>(workspace),
+          p.m,          w.n,
+          w.k,          log2_of(w.block_size),
+          p.up,         schedule,
+          row_tiles,    token_tiles};
+}
+
+template <typename S>
+size_t partial_bytes(const Schedule& s) {
+  return s.whole_tiles ? 0 : 2 * s.ctas * sizeof(float) * S::kPartial;
+}
+
+template <typename S>
+int launch_tiles(void (*tile_kernel)(TileArguments, int), void (*sum_kernel)(TileArguments),
+                 const TileArguments& a, int format, cudaStream_t stream) {
+  const dim3 threads(S::kThreads);
+  const int status =
+      launch(tile_kernel, dim3(a.schedule.ctas), threads, S::kShared, stream, a, format);
+  if (status != 0 || a.schedule.whole_tiles) return status;
+  return launch(sum_kernel, dim3(static_cast<unsigned>(a.schedule.tiles)), threads, 0, stream, a);
+}
+
+// Whether the tensor-core kernels take the operands, forward or backward.
+inline bool tiles_take(const Matmul& p) {
+  const nf4_weight& w = p.weight;
+  if (!is_4bit(w.format) || w.block_size < 64 || w.k % 64 != 0) return false;
+  if (p.dtype != NF4_FLOAT16 && p.dtype != NF4_BFLOAT16) return false;
+  if (p.dtype == NF4_BFLOAT16 && device().compute_capability < 80) return false;
+  return p.m > 0 && w.n > 0 && w.k > 0 && aligned16(p.in) && aligned16(w.packed) &&
+         aligned16(p.out);
+}
+
+}  // namespace nf4::cuda
