@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from checkpoint_folder import write_checkpoint
 
 from nf4 import cli
 
-pytest.importorskip("transformers")
+AutoTokenizer = pytest.importorskip("transformers").AutoTokenizer
 pytest.importorskip("trl")
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -126,7 +127,7 @@ def test_dynamic8_quantizes_and_evaluates(folder: Path, tmp_path: Path) -> None:
     plain, on_load = evaluate(folder / "base", folder, "--format", "dynamic8")
     stored = evaluate(tmp_path / "q8", folder, "--format", "dynamic8")
     assert stored[0]["loss"] == on_load["loss"]
-    assert abs(on_load["loss"] - plain["loss"]) < 0.02
+    assert abs(on_load["loss"] - plain["loss"]) < 0.04
 
 
 def test_generate_streams_one_prompt_and_batches_a_file(folder: Path, adapter: Path) -> None:
@@ -145,13 +146,14 @@ def test_generate_streams_one_prompt_and_batches_a_file(folder: Path, adapter: P
 def test_merges_keep_what_the_adapter_learned(folder: Path, adapter: Path, tmp_path: Path) -> None:
     base = ("--model", folder / "base", "--adapter", adapter)
     _, quantized, adapted = evaluate(folder / "base", folder, "--adapter", adapter)
-    assert adapted["loss"] < quantized["loss"] - 0.1
+    learned = quantized["loss"] - adapted["loss"]
+    assert learned > 0.1
     run("merge", *base, "--output", tmp_path / "m16")
     assert "quantization_config" not in json.loads((tmp_path / "m16/config.json").read_text())
     run("merge", *base, "--output", tmp_path / "m4", "--into", "nf4")
     for name in ("m16", "m4"):
         (merged, *_) = evaluate(tmp_path / name, folder)
-        assert abs(merged["loss"] - adapted["loss"]) < 0.05, name
+        assert abs(merged["loss"] - adapted["loss"]) < 0.25 * learned, name
     run("quantize", "--model", folder / "base", "--output", tmp_path / "q")
     words = ("--model", tmp_path / "q", "--adapter", adapter, "--output", tmp_path / "m")
     done = run("merge", *words, "--into", "nf4", fails=True)
@@ -170,6 +172,33 @@ def test_a_yaml_file_configures_finetune_and_the_command_line_wins(
     log = json.loads((tmp_path / "run/log.json").read_text())
     assert max(row["step"] for row in log) == 2
     assert json.loads((tmp_path / "run/adapter_config.json").read_text())["r"] == 2
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_messages_train_through_the_chat_template(
+    folder: Path, tmp_path: Path, packing: bool
+) -> None:
+    shutil.copytree(folder / "base", tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "chat")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "chat")
+    rows = [
+        {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": i}]}
+        for i in map(str, range(16))
+    ]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    model = ("--model", tmp_path / "chat")
+    words = ("--data", tmp_path / "chat.jsonl", "--output", tmp_path / "run", "--max_steps", 2)
+    done = run("finetune", *model, *words, "--packing", packing, "--max_length", 128)
+    assert "step 2/2" in done.stdout
+    words = ("--chat", "--prompt", "say 3", "--max-new-tokens", 3, "--json")
+    answer = json.loads(run("generate", *model, "--adapter", tmp_path / "run", *words).stdout)
+    assert answer["prompt"] == "say 3"
+    refused = run("generate", "--model", folder / "base", *words, fails=True).stderr
+    assert "has no chat template" in refused and "Traceback" not in refused
 
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])

@@ -90,13 +90,14 @@ def _train(own: FinetuneArguments, training: TrainingConfig) -> int:
     config = nf4.NF4Config(
         block_size=own.block_size, double_quant=own.double_quant, format=own.format
     )
+    rows = load_rows(own.data)
+    tokenizer = load_tokenizer(own.model, chat="messages" in rows.column_names)
     model = load_model(own.model, own.model_dtype, config)
-    tokenizer = load_tokenizer(own.model)
     trainer = SFTTrainer(
         model=model,
         args=training,
-        train_dataset=_dataset(own.data, "train"),
-        eval_dataset=None if own.eval_data is None else _dataset(own.eval_data, "validation"),
+        train_dataset=_dataset(rows),
+        eval_dataset=own.eval_data and _dataset(load_rows(own.eval_data, "validation")),
         processing_class=tokenizer,
         peft_config=_peft_config(own, model),
         optimizer_cls_and_kwargs=_optimizer(training),
@@ -122,8 +123,7 @@ def _train(own: FinetuneArguments, training: TrainingConfig) -> int:
     return 0
 
 
-def _dataset(data: str, split: str) -> Any:
-    rows = load_rows(data, split)
+def _dataset(rows: Any) -> Any:
     return rows.map(training_form, remove_columns=rows.column_names)
 
 

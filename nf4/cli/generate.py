@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
 def _run(args: argparse.Namespace) -> None:
     import nf4
 
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, args.chat)
     tokenizer.padding_side = "left"
     model = load_model(args.model, args.dtype, None if args.plain else config_of(args))
     if args.adapter:

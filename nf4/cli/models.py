@@ -75,11 +75,19 @@ def load_model(model: str, dtype: str, quantization: nf4.NF4Config | None) -> An
     return AutoModelForCausalLM.from_pretrained(model, **options).eval()
 
 
-def load_tokenizer(model: str) -> Any:
-    """The tokenizer of a checkpoint, with a padding token."""
+def load_tokenizer(model: str, chat: bool = False) -> Any:
+    """The tokenizer of a checkpoint, with a padding token.
+
+    ValueError if ``chat`` and it has no chat template.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
+    if chat and tokenizer.chat_template is None:
+        raise ValueError(
+            f"{model} has no chat template: leave out --chat to generate, train on rows of "
+            "instruction and output, or put a chat_template.jinja into its folder"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
