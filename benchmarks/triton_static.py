@@ -104,7 +104,7 @@ def _source(launch: Launch) -> Any:
             constexprs[param.name] = value
         elif isinstance(value, int):
             signature[param.name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not param.do_not_specialize_on_alignment:
                 attrs[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[param.name] = "fp32"
@@ -302,23 +302,23 @@ def _one(task: tuple[int, bool, int]) -> tuple[Row, list[str]]:
 def rows(
     everything: bool = False, archs: Iterable[int] = tuple(SHARED_LIMIT)
 ) -> Iterator[tuple[Row, list[str]]]:
-    """Compile and read every planned kernel, on as many processes as there are CPUs."""
+    """Compile and read every planned kernel, on as many processes as it has CPUs."""
     tasks = [
         (arch, everything, index) for arch in archs for index in range(len(plan(arch, everything)))
     ]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=context) as pool:
         yield from pool.map(_one, tasks, chunksize=4)
 
 
 def read_results() -> dict[tuple[str, str, int], Row]:
-    """The committed table by case, kernel and architecture."""
+    """The committed table by case, kernel and architecture: the first launch of each."""
+    table: dict[tuple[str, str, int], Row] = {}
     with RESULTS.open(newline="") as file:
-        table = [
-            Row(**{f.name: _parse(f.type, line[f.name]) for f in fields(Row)})
-            for line in csv.DictReader(file)
-        ]
-    return {(row.case, row.kernel, row.arch): row for row in table}
+        for line in csv.DictReader(file):
+            row = Row(**{f.name: _parse(f.type, line[f.name]) for f in fields(Row)})
+            table.setdefault((row.case, row.kernel, row.arch), row)
+    return table
 
 
 def _parse(type_name: Any, text: str) -> Any:

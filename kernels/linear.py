@@ -37,7 +37,7 @@ def add_lora(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["M"])
 def linear_kernel(
     x_ptr,  # [M, K]
     packed_ptr,  # [N * K / 2] uint8

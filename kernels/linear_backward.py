@@ -13,7 +13,7 @@ from nf4.kernels._dropout import keep
 from nf4.kernels._scales import load_scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["M"])
 def linear_backward_kernel(
     g_ptr,  # grad_y [M, N]
     packed_ptr,  # [N * K / 2] uint8

@@ -11,7 +11,7 @@ import triton.language as tl
 from nf4.kernels._dropout import keep
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["M"])
 def lora_down_kernel(
     x_ptr,  # [M, K]
     a_ptr,  # [R, K] any float
@@ -52,7 +52,7 @@ def lora_down_kernel(
     tl.store(out_ptr + element, acc * factor, mask=(m[:, None] < M) & (r[None, :] < R))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["M"])
 def dense_lora_kernel(
     x_ptr,  # [M, K]
     w_ptr,  # element (k, n) at k * stride_wk + n * stride_wn

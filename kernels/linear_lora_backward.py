@@ -11,7 +11,7 @@ import triton.language as tl
 from nf4.kernels._dropout import keep
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["M"])
 def lora_grad_y_kernel(
     g_ptr,  # grad_y [M, N]
     s_ptr,  # [M, R] float32, or None where dB is not wanted
@@ -56,7 +56,7 @@ def lora_grad_y_kernel(
         tl.store(db_ptr + part * N * R + b_offset, db, mask=inside_b)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["M"])
 def lora_grad_a_kernel(
     x_ptr,  # [M, K]
     ds_ptr,  # [M, R] float32

@@ -80,7 +80,8 @@ def recording(target: Target) -> Iterator[list[Launch]]:
 @cache
 def _device_target(device: torch.device) -> Target:
     properties = torch.cuda.get_device_properties(device)
-    return Target(10 * properties.major + properties.minor, properties.multi_processor_count)
+    capability = 10 * properties.major + properties.minor
+    return Target(capability, properties.multi_processor_count, properties.name)
 
 
 def target_of(device: torch.device) -> Target:

@@ -238,7 +238,9 @@ def dense_lora(
     """
     m, n = u.shape[0], v.shape[1]
     k = 0 if x is None else x.shape[1]
-    config = tuning.dense(n, k, dropout.seed is not None, dtype.itemsize, target_of(u.device))
+    backward = w is not None and w.stride(1) == 1
+    masked = dropout.seed is not None
+    config = tuning.dense(m, n, k, backward, masked, dtype.itemsize, target_of(u.device))
     out = torch.empty(m, n, dtype=dtype, device=u.device)
     launch(
         kernel("linear_lora", "dense_lora_kernel"),

@@ -1,12 +1,16 @@
 """Shape -> configuration of the Triton kernels, as plain data with the reason beside it.
 
 No configuration here was timed yet: each follows from counted bytes, registers and instructions
-(benchmarks/results/triton_static.csv), and says so by naming no figure.
+(benchmarks/results/triton_static.csv), and says so by naming no figure. What ``nf4 tune`` measured
+on the user's own device (``tuning_table``) comes first.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from nf4.backends import tuning_table
+from nf4.backends.tuning_table import Key, MatmulConfig
 
 SUM_BLOCK = 1024  # elements of a program that adds partial sums: 8 a thread, two 16-byte loads
 
@@ -17,6 +21,7 @@ class Target:
 
     capability: int  # 90 for compute capability 9.0
     sm_count: int
+    name: str = ""  # of the device in a user's table; empty: the built-in rules alone
 
 
 @dataclass(frozen=True)
@@ -29,19 +34,6 @@ class Shape:
     block_size: int
     aligned: bool  # 4-bit codes, and no block crosses rows
     itemsize: int  # of the activations
-
-
-@dataclass(frozen=True)
-class MatmulConfig:
-    """Tile sizes of a matmul kernel. ``split`` parts of the reduction go to different programs."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    split: int = 1
-    permute: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,6 +129,10 @@ def linear(shape: Shape, target: Target) -> MatmulConfig | None:
     """
     if not shape.aligned:
         return None
+    key = Key("linear", shape.n, shape.k, shape.itemsize, shape.block_size)
+    found, tuned = tuning_table.find(target.name, key, shape.m)
+    if found:
+        return tuned
     weight_bytes = shape.n * shape.k // 2
     if tensor_cores(shape.itemsize, target):
         if shape.m > _LINEAR_FUSED_ROWS:
@@ -160,6 +156,10 @@ def linear_backward(shape: Shape, target: Target) -> MatmulConfig | None:
     """How to multiply a gradient with packed weights, or None: through a workspace."""
     if not shape.aligned:
         return None
+    key = Key("linear_backward", shape.n, shape.k, shape.itemsize, shape.block_size)
+    found, tuned = tuning_table.find(target.name, key, shape.m)
+    if found:
+        return tuned
     if tensor_cores(shape.itemsize, target):
         if shape.m > _BACKWARD_FUSED_ROWS:
             return None
@@ -180,8 +180,19 @@ def linear_backward(shape: Shape, target: Target) -> MatmulConfig | None:
     return MatmulConfig(block_m, block_n, block_k, warps, stages, split)
 
 
-def dense(n: int, k: int, dropout: bool, itemsize: int, target: Target) -> MatmulConfig:
-    """Tiles of the dense product with a LoRA term, which ``dropout`` masks."""
+def dense(
+    m: int, n: int, k: int, backward: bool, dropout: bool, itemsize: int, target: Target
+) -> MatmulConfig:
+    """Tiles of the dense product [m, k] x [k, n] with a LoRA term, which ``dropout`` masks.
+
+    ``backward``: its [k, n] is the weight, else the weight's transpose.
+    """
+    key = Key("dense", n, k, itemsize)
+    if backward:
+        key = Key("dense_backward", k, n, itemsize, dropout=dropout)
+    _, tuned = tuning_table.find(target.name, key, m)
+    if tuned is not None:
+        return tuned
     if not tensor_cores(itemsize, target):
         return MatmulConfig(32, 32, 32, num_warps=4, num_stages=2)
     if dropout and n % 4:
@@ -193,8 +204,10 @@ def dense(n: int, k: int, dropout: bool, itemsize: int, target: Target) -> Matmu
     if target.capability in (90, 100):
         # 64 accumulators a thread beside 3 stages of 48 KiB; the widest instruction, n = 256.
         return MatmulConfig(128, 256, 64, num_warps=8, num_stages=3)
-    # 99 KiB of shared memory on sm_86, sm_89 and sm_120: 3 stages of 16 KiB.
-    return MatmulConfig(128, 128, 32, num_warps=8, num_stages=3)
+    # 99 KiB of shared memory on sm_86, sm_89 and sm_120: 3 stages of 16 KiB, two programs an SM.
+    # On sm_120 the third stage's addresses spill where 128 registers hold the rest.
+    stages = 2 if target.capability == 120 and not dropout else 3
+    return MatmulConfig(128, 128, 32, num_warps=8, num_stages=stages)
 
 
 def lora_down(m: int, k: int, r: int, itemsize: int, target: Target) -> MatmulConfig:
