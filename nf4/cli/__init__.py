@@ -17,6 +17,7 @@ COMMANDS = {
     "merge": "fold an adapter into a model's weights",
     "eval": "perplexity of the 16-bit model, the quantized one and the adapter",
     "estimate": "the memory that training a model will take, from its config alone",
+    "tune": "measure the Triton kernels' configurations on this GPU, for one model's layers",
     "bench": "measure the kernels against their peers and this machine's limits",
     "doctor": "say what this machine can run, what is missing and what that costs",
 }

@@ -16,6 +16,7 @@ import torch
 
 import nf4
 from nf4 import backends, optim
+from nf4.backends import tuning_table
 
 # What a person loses without each backend on the device it is for.
 COSTS = {
@@ -54,6 +55,7 @@ def main(arguments: list[str]) -> int:
 def collect() -> dict[str, Any]:
     """The whole report."""
     status = nf4.available_backends()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "nf4": nf4.__version__,
         "system": {
@@ -62,7 +64,7 @@ def collect() -> dict[str, Any]:
             "cpu": _cpu_name(),
             "cpu kernels": backends.cpu.isa() or "none",
             "threads": torch.get_num_threads(),
-            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            "gpus": gpus,
         },
         "packages": {name: _version(name) for name in PACKAGES},
         "compilers": {name: _compiler(name) for name in ("c++", "nvcc", "ninja")},
@@ -75,6 +77,7 @@ def collect() -> dict[str, Any]:
             for device in ("cpu", "cuda")
             if device == "cpu" or torch.cuda.is_available()
         },
+        "tuning tables": {name: tuning_table.status(name) for name in gpus},
         "self-test": {name: self_test(name) for name, s in status.items() if s},
     }
 
@@ -130,6 +133,8 @@ def _text(report: dict[str, Any]) -> str:
                 lines.append(f"  {'':14} cost: {entry['cost']}")
     for device, name in report["defaults"].items():
         lines.append(f"  {device} tensors run on: {name}")
+    for name, text in report["tuning tables"].items():
+        lines.append(f"  tuning table of {name}: {text}")
     return "\n".join(lines)
 
 
