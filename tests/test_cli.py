@@ -174,6 +174,16 @@ def test_a_yaml_file_configures_finetune_and_the_command_line_wins(
     assert json.loads((tmp_path / "run/adapter_config.json").read_text())["r"] == 2
 
 
+def test_bench_leaves_rows_and_bars(tmp_path: Path) -> None:
+    words = ("--op", "dequantize", "--shape", "256x256", "--rounds", 1, "--csv", tmp_path / "x.csv")
+    done = run("bench", *words)
+    assert "dequantize 256x256" in done.stdout and "bars:" in done.stdout
+    assert ",dequantize,nf4,256,256," in (tmp_path / "x.csv").read_text()
+    assert (tmp_path / "x.png").stat().st_size > 0
+    assert "rows of a case" in run("bench", "--help").stdout.lower()
+    assert "NxK" in run("bench", "--shape", "big", fails=True).stderr
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_messages_train_through_the_chat_template(
     folder: Path, tmp_path: Path, packing: bool
