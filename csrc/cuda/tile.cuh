@@ -138,9 +138,8 @@ __device__ __forceinline__ void run_tiles(const TileArguments& p, int format) {
       stage = stage + 1 == S::kStages ? 0 : stage + 1;
     }
 
-    const bool last = steps == to_end;
-    if (last) Kernel::finish(acc, p, place);
-    if (last && at.step == 0) {
+    if (steps == to_end) Kernel::finish(acc, p, place);
+    if (steps == at.steps) {
       Kernel::store(acc, p, place);
     } else {
       store_partial<S>(acc, p.partial, partial_slot(cta, at.step != 0), place.first_token(), p.m);
@@ -157,9 +156,9 @@ __device__ __forceinline__ void run_sums(const TileArguments& p) {
   using S = typename Kernel::S;
   Accumulators<S> acc = {};
   const int64_t tile = blockIdx.x;
-  const Place<S> place(p, tile);
-  if (sum_partials<S>(acc, p.schedule, p.partial, tile, place.first_token(), p.m)) {
-    Kernel::store(acc, p, place);
+  const int64_t first_token = Place<S>(p, tile).first_token();
+  if (sum_partials<S>(acc, p.schedule, p.partial, tile, first_token, p.m)) {
+    Kernel::store(acc, p, Place<S>(p, tile));
   }
 }
 
