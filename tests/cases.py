@@ -206,3 +206,25 @@ def is_large(case: Matmul | Lora) -> bool:
 def wide_shape(case: Matmul) -> Matmul:
     """The case with x flattened to two dimensions."""
     return replace(case, lead=(case.m,))
+
+
+# Of lora_arguments: no multiples of a tile or a block.
+N, K, R = 40, 72, 4
+
+
+def lora_arguments(
+    device: torch.device, dtype: torch.dtype = torch.float32, adapters: torch.dtype | None = None
+) -> dict:
+    """Arguments of linear_lora by name; x, bias and the adapters require gradients."""
+    factory = {"dtype": dtype, "device": device}
+    lora = {"dtype": adapters or dtype, "device": device}
+    arguments = {
+        "x": torch.randn(2, 5, K, **factory),
+        "lora_a": torch.randn(R, K, **lora) * 0.1,
+        "lora_b": torch.randn(N, R, **lora),
+        "bias": torch.randn(N, **factory),
+    }
+    for t in arguments.values():
+        t.requires_grad_()
+    weight = torch.randn(N, K, device=device)
+    return {**arguments, "q": nf4.quantize(weight), "scaling": 0.5}

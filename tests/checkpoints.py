@@ -10,22 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import SIZES
 from torch import Tensor
 
 import nf4
-
-SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 128,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+from nf4.integrations.transformers import give_back_bitsandbytes, take_bitsandbytes
+from nf4.nn import NF4Experts
 
 
 def _llama(**changes: Any) -> Any:
@@ -125,13 +115,21 @@ def quantized(directory: Path, kind: str = "llama", **settings: Any) -> Any:
     return load(directory, kind, quantization_config=nf4.NF4Config(**settings))
 
 
+def load_as_bitsandbytes(directory: Path, kind: str = "llama", **kwargs: Any) -> Any:
+    """The checkpoint loaded by nf4 in bitsandbytes' place."""
+    take_bitsandbytes()
+    try:
+        model = load(directory, kind, **kwargs)
+    finally:
+        give_back_bitsandbytes()
+    assert any(isinstance(m, (nf4.NF4Linear, NF4Experts)) for m in model.modules())
+    assert not any(type(m).__module__.startswith("bitsandbytes") for m in model.modules())
+    return model
+
+
 @torch.no_grad()
 def logits(model: Any, ids: Tensor) -> Tensor:
     return model(ids).logits
-
-
-def token_ids(rows: int = 2, length: int = 12) -> Tensor:
-    return torch.randint(3, 128, (rows, length))
 
 
 def assert_same_files(one: Path, other: Path) -> None:

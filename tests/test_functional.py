@@ -8,35 +8,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from cases import K, N, R, lora_arguments
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import nf4
 from nf4.backends import reference
 
-N, K, R = 40, 72, 4
-
-
-def make(
-    device: torch.device, dtype: torch.dtype = torch.float32, adapters: torch.dtype | None = None
-) -> dict:
-    """Arguments of linear_lora by name; x, bias and the adapters require gradients."""
-    factory = {"dtype": dtype, "device": device}
-    lora = {"dtype": adapters or dtype, "device": device}
-    arguments = {
-        "x": torch.randn(2, 5, K, **factory),
-        "lora_a": torch.randn(R, K, **lora) * 0.1,
-        "lora_b": torch.randn(N, R, **lora),
-        "bias": torch.randn(N, **factory),
-    }
-    for t in arguments.values():
-        t.requires_grad_()
-    weight = torch.randn(N, K, device=device)
-    return {**arguments, "q": nf4.quantize(weight), "scaling": 0.5}
-
 
 def leaves(arguments: dict) -> list[Tensor]:
-    """The tensors of ``make`` that take gradients."""
+    """The tensors of ``lora_arguments`` that take gradients."""
     return [arguments[name] for name in ("x", "bias", "lora_a", "lora_b")]
 
 
@@ -83,7 +64,7 @@ class TestGradients:
         self, dtype: torch.dtype, backend: str, device: torch.device
     ) -> None:
         """And each has the dtype and shape of its leaf, with float32 adapters beside 16-bit x."""
-        i = make(device, dtype, torch.float32)
+        i = lora_arguments(device, dtype, torch.float32)
         seed = torch.tensor([5], device=device)
         y = nf4.linear_lora(**i, dropout_p=0.25, seed=seed)
         grad_y = torch.randn_like(y)
@@ -103,7 +84,7 @@ class TestGradients:
 
     def test_every_choice_of_leaves(self, backend: str, device: torch.device) -> None:
         """A leaf that takes no gradient changes none of the others."""
-        i = make(device)
+        i = lora_arguments(device)
         y = nf4.linear_lora(**i)
         grad_y = torch.randn_like(y)
         names = ("x", "bias", "lora_a", "lora_b")
@@ -121,7 +102,7 @@ class TestGradients:
                     assert torch.equal(leaf.grad, everything[name])
 
     def test_linear(self, backend: str, device: torch.device) -> None:
-        i = make(device)
+        i = lora_arguments(device)
         x, q, bias = i["x"], i["q"], i["bias"]
         grad_y = torch.randn(2, 5, N, device=device)
         dx, dbias = torch.autograd.grad(nf4.linear(x, q, bias), (x, bias), grad_y)
@@ -132,7 +113,7 @@ class TestGradients:
 
     def test_what_is_saved_for_the_backward(self, backend: str, device: torch.device) -> None:
         """x, the r-wide product, the seed and the parameters: no mask and no dense weight."""
-        i = make(device)
+        i = lora_arguments(device)
         saved: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
             nf4.linear_lora(**i, dropout_p=0.5)
@@ -142,7 +123,7 @@ class TestGradients:
 
     def test_an_eval_forward_changes_no_gradient(self, backend: str, device: torch.device) -> None:
         """bitsandbytes repacks its weight in an eval forward and then loses gradients."""
-        i = make(device)
+        i = lora_arguments(device)
         fresh = grads(nf4.linear_lora(**i, dropout_p=0.0), i)
         before = [t.clone() for t in i["q"].tensors]
         with torch.no_grad():
@@ -156,7 +137,7 @@ class TestGradients:
     def test_the_backward_stays_on_the_backend_of_the_forward(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        i = make(torch.device("cpu"))
+        i = lora_arguments(torch.device("cpu"))
         calls = []
         original = reference.linear_lora_backward
 
@@ -171,7 +152,7 @@ class TestGradients:
         assert len(calls) == 1
 
     def test_second_derivatives_are_refused(self, backend: str, device: torch.device) -> None:
-        i = make(device)
+        i = lora_arguments(device)
         (dx,) = torch.autograd.grad(nf4.linear_lora(**i).square().sum(), i["x"], create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             dx.sum().backward()
@@ -179,7 +160,7 @@ class TestGradients:
 
 class TestDropout:
     def test_seed_fixes_the_mask(self, backend: str, device: torch.device) -> None:
-        i = make(device)
+        i = lora_arguments(device)
         seed = torch.tensor([77], device=device)
         first, second = (nf4.linear_lora(**i, dropout_p=0.5, seed=seed) for _ in range(2))
         assert torch.equal(first, second)
@@ -187,7 +168,7 @@ class TestDropout:
         assert not torch.equal(first, other)
 
     def test_torch_seed_fixes_the_mask(self, backend: str, device: torch.device) -> None:
-        i = make(device)
+        i = lora_arguments(device)
         torch.manual_seed(3)
         first, second = (nf4.linear_lora(**i, dropout_p=0.5) for _ in range(2))
         assert not torch.equal(first, second)
@@ -195,7 +176,7 @@ class TestDropout:
         assert torch.equal(nf4.linear_lora(**i, dropout_p=0.5), first)
 
     def test_eval_drops_nothing(self, backend: str, device: torch.device) -> None:
-        i = make(device)
+        i = lora_arguments(device)
         plain = nf4.linear_lora(**i)
         assert torch.equal(nf4.linear_lora(**i, dropout_p=0.5, training=False), plain)
 
@@ -203,7 +184,7 @@ class TestDropout:
     def test_checkpointing_sees_the_same_mask(
         self, use_reentrant: bool, backend: str, device: torch.device
     ) -> None:
-        i = make(device)
+        i = lora_arguments(device)
 
         def layer(x: Tensor) -> Tensor:
             return nf4.linear_lora(**{**i, "x": x}, dropout_p=0.5)
@@ -223,7 +204,7 @@ class TestAutocast:
     @pytest.mark.parametrize("x_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
     def test_like_nn_linear(self, x_dtype: torch.dtype, backend: str, device: torch.device) -> None:
         """x is cast first, the output has the autocast dtype, gradients the leaves' dtypes."""
-        i = make(device, x_dtype, torch.float32)
+        i = lora_arguments(device, x_dtype, torch.float32)
         layer = torch.nn.Linear(K, N, device=device, dtype=x_dtype)
         with torch.autocast(device.type, torch.bfloat16):
             y = nf4.linear_lora(**i, dropout_p=0.25)
@@ -236,7 +217,7 @@ class TestAutocast:
         assert torch.equal(base, nf4.linear(cast["x"], i["q"], cast["bias"]))
 
     def test_statistics_are_not_cast(self, backend: str, device: torch.device) -> None:
-        i = make(device)
+        i = lora_arguments(device)
         x = i["x"].detach()
         with torch.autocast(device.type, torch.bfloat16):
             q = nf4.quantize(torch.randn(N, K, device=device))
@@ -264,7 +245,7 @@ class TestCompile:
         torch._dynamo.reset()
 
     def test_lora(self, backend: str, device: torch.device) -> None:
-        i = make(device)
+        i = lora_arguments(device)
         seed = torch.tensor([5], device=device)
 
         def function(i: dict) -> Tensor:
@@ -274,7 +255,7 @@ class TestCompile:
 
     def test_inductor_and_a_drawn_seed(self, device_of_choice: torch.device) -> None:
         """The default compiler, with dropout whose seed is drawn inside the graph."""
-        i = make(device_of_choice)
+        i = lora_arguments(device_of_choice)
         compiled = torch.compile(
             lambda i: torch.relu(nf4.linear_lora(**i, dropout_p=0.5)) * 2, fullgraph=True
         )
@@ -284,7 +265,7 @@ class TestCompile:
         self.run("inductor", i, lambda i: torch.relu(nf4.linear_lora(**i)) * 2, 1)
 
     def test_dynamic_batch(self, backend: str, device: torch.device) -> None:
-        i = make(device)
+        i = lora_arguments(device)
         compiled = torch.compile(
             lambda x: nf4.linear_lora(**{**i, "x": x}),
             backend="aot_eager",
@@ -310,7 +291,7 @@ class TestCompile:
 
     def test_use_backend_is_guarded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A compiled function follows use_backend instead of keeping its first choice."""
-        i = make(torch.device("cpu"))
+        i = lora_arguments(torch.device("cpu"))
         compiled = torch.compile(
             lambda i: nf4.linear(i["x"].detach(), i["q"]), backend="aot_eager", fullgraph=True
         )
@@ -361,137 +342,6 @@ class TestQuantize:
         with pytest.raises(ValueError, match="must be finite") as error:
             nf4.quantize(weight)
         assert f"{bad} at index [{row}, {column}]" in str(error.value)
-
-
-class TestErrors:
-    """Each message is ``op: rule, got value``."""
-
-    @pytest.mark.parametrize(
-        "arguments, kind, message",
-        [
-            ({"block_size": 48}, ValueError, r"block_size must be one of 32, .*4096, got 48"),
-            ({"block_size": 0}, ValueError, r"got 0"),
-            ({"block_size": 8192}, ValueError, r"got 8192"),
-            ({"format": "nf5"}, ValueError, r"format must be one of nf4, .*got 'nf5'"),
-            ({"format": "dynamic8_unsigned"}, ValueError, r"format must be"),
-            ({"weight": torch.ones(4, dtype=torch.int32)}, TypeError, r"got torch.int32"),
-            ({"weight": torch.ones(4, dtype=torch.float64)}, TypeError, r"got torch.float64"),
-            ({"weight": torch.ones(4, dtype=torch.complex64)}, TypeError, r"got torch.complex64"),
-        ],
-    )
-    def test_quantize(self, arguments: dict, kind: type[Exception], message: str) -> None:
-        with pytest.raises(kind, match=rf"^nf4\.quantize: .*{message}"):
-            nf4.quantize(**{"weight": torch.randn(4, 64), **arguments})
-
-    @pytest.mark.parametrize(
-        "arguments, kind, message",
-        [
-            ({"dtype": torch.int8}, TypeError, r"dtype must be .*got torch.int8"),
-            ({"dtype": torch.float64}, TypeError, r"dtype must be .*got torch.float64"),
-            ({"out": torch.empty(3, 64)}, ValueError, r"out must be .*\[4, 64\], got .*\[3, 64\]"),
-            ({"out": torch.empty(64, 4).t()}, ValueError, r"out must be contiguous"),
-            ({"out": torch.empty(4, 64, dtype=torch.int8)}, ValueError, r"out must be .*int8"),
-            (
-                {"out": torch.empty(4, 64, device="meta")},
-                ValueError,
-                r"out must be on cpu, got meta",
-            ),
-            (
-                {"out": torch.empty(4, 64), "dtype": torch.float16},
-                ValueError,
-                r"out must have dtype torch.float16, got torch.float32",
-            ),
-        ],
-    )
-    def test_dequantize(self, arguments: dict, kind: type[Exception], message: str) -> None:
-        with pytest.raises(kind, match=rf"^nf4\.dequantize: .*{message}"):
-            nf4.dequantize(nf4.quantize(torch.randn(4, 64)), **arguments)
-
-    WRONG_X = (
-        (
-            torch.randn(3, K - 1),
-            ValueError,
-            rf"x must have {K} features \(q is \[{N}, {K}\]\), got {K - 1}",
-        ),
-        (torch.tensor(1.0), ValueError, rf"x must have {K} features .*got a scalar"),
-        (torch.randn(3, 0), ValueError, r"x must have .*got 0"),
-        (torch.ones(3, K, dtype=torch.int64), TypeError, r"x must be a floating-point .*int64"),
-        (torch.randn(3, K, device="meta"), ValueError, r"x must be on cpu like q, got meta"),
-    )
-
-    @pytest.mark.parametrize("x, kind, message", WRONG_X)
-    def test_x(self, x: Tensor, kind: type[Exception], message: str) -> None:
-        i = make(torch.device("cpu"))
-        with pytest.raises(kind, match=rf"^nf4\.linear: {message}"):
-            nf4.linear(x, i["q"])
-        with pytest.raises(kind, match=rf"^nf4\.linear_lora: {message}"):
-            nf4.linear_lora(**{**i, "x": x})
-
-    @pytest.mark.parametrize(
-        "arguments, kind, message",
-        [
-            (
-                {"bias": torch.randn(N + 1)},
-                ValueError,
-                rf"bias must have shape \[{N}\], got \[{N + 1}\]",
-            ),
-            ({"bias": torch.randn(1, N)}, ValueError, rf"bias must have shape \[{N}\]"),
-            ({"lora_a": torch.randn(R, K + 1)}, ValueError, rf"lora_a must have shape \[r, {K}\]"),
-            ({"lora_a": torch.randn(K)}, ValueError, rf"lora_a must have shape \[r, {K}\]"),
-            (
-                {"lora_b": torch.randn(N, R + 1)},
-                ValueError,
-                rf"lora_b must have shape \[{N}, {R}\]",
-            ),
-            ({"lora_b": torch.randn(R, N)}, ValueError, rf"lora_b must have shape \[{N}, {R}\]"),
-            (
-                {"lora_a": torch.randn(R, K).half()},
-                TypeError,
-                r"lora_a and lora_b must have one dtype, got .*float16 and .*float32",
-            ),
-            (
-                {"lora_a": torch.randn(R, K, device="meta")},
-                ValueError,
-                r"lora_a and lora_b must be on cpu like x, got meta and cpu",
-            ),
-            (
-                {"bias": torch.randn(N, device="meta")},
-                ValueError,
-                r"bias must be on cpu like x, got meta",
-            ),
-            ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
-            ({"dropout_p": -0.1}, ValueError, r"dropout_p must be in \[0, 1\), got -0.1"),
-            ({"dropout_p": math.nan}, ValueError, r"dropout_p must be in \[0, 1\), got nan"),
-        ],
-    )
-    def test_linear_lora(self, arguments: dict, kind: type[Exception], message: str) -> None:
-        with pytest.raises(kind, match=rf"^nf4\.linear_lora: {message}"):
-            nf4.linear_lora(**{**make(torch.device("cpu")), **arguments})
-
-    def test_seed(self) -> None:
-        i = {**make(torch.device("cpu")), "dropout_p": 0.5}
-        rule = r"^nf4\.linear_lora: seed must be int64 \[1\] on cpu, got "
-        for seed in (
-            torch.tensor([1], dtype=torch.int32),
-            torch.tensor([1, 2]),
-            torch.tensor(1),
-            torch.tensor([1], device="meta"),
-        ):
-            with pytest.raises(ValueError, match=rule):
-                nf4.linear_lora(**i, seed=seed)
-
-    def test_integer_adapters(self) -> None:
-        i = make(torch.device("cpu"))
-        whole = {name: torch.ones_like(i[name], dtype=torch.int8) for name in ("lora_a", "lora_b")}
-        with pytest.raises(TypeError, match=r"^nf4\.linear_lora: lora_a .*floating-point.*int8"):
-            nf4.linear_lora(**{**i, **whole})
-
-    def test_weight_is_no_matrix(self) -> None:
-        q = nf4.quantize(torch.randn(2, 3, 64))
-        with pytest.raises(
-            ValueError, match=r"q must be a matrix \[N, K\], got shape \[2, 3, 64\]"
-        ):
-            nf4.linear(torch.randn(1, 64), q)
 
 
 def test_group_equals_single_calls(backend: str, device: torch.device) -> None:

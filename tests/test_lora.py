@@ -7,14 +7,20 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
-from models import randomize_adapters, tiny_llama, token_ids
+from tiny import randomize_adapters, token_ids
 from torch import nn
 
 import nf4
 import nf4.lora.adapter as adapter_files
 
 LORA = nf4.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+
+
+def tiny_llama(**changes: object) -> nn.Module:
+    """``tiny.llama`` in float32, with a K of down_proj that no block size divides."""
+    return tiny.llama(torch.float32, intermediate_size=100, **changes).eval()
 
 
 def _prepared(lora: nf4.LoraConfig = LORA) -> tuple[nn.Module, dict[str, torch.Tensor]]:

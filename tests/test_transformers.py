@@ -20,9 +20,9 @@ from checkpoints import (
     logits,
     quantized,
     save_model,
-    token_ids,
 )
 from safetensors.torch import load_file
+from tiny import token_ids
 
 import nf4
 from nf4.nn import NF4Experts

@@ -17,14 +17,14 @@ import torch
 from checkpoints import (
     assert_same_files,
     auto_class,
-    edit_tensors,
     load,
+    load_as_bitsandbytes,
     logits,
     quantized,
     save_model,
-    token_ids,
 )
 from safetensors.torch import load_file
+from tiny import token_ids
 
 import nf4
 from nf4.nn import NF4Experts
@@ -72,18 +72,6 @@ def theirs(directory: Path, kind: str = "llama", **kwargs: Any) -> Any:
     return model
 
 
-def ours(directory: Path, kind: str = "llama", **kwargs: Any) -> Any:
-    """The checkpoint loaded by nf4 in bitsandbytes' place."""
-    take_bitsandbytes()
-    try:
-        model = load(directory, kind, **kwargs)
-    finally:
-        give_back_bitsandbytes()
-    assert any(isinstance(m, (nf4.NF4Linear, NF4Experts)) for m in model.modules())
-    assert not any(isinstance(m, bnb.nn.Linear4bit) for m in model.modules())
-    return model
-
-
 def their_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Logits of a bitsandbytes model, in train mode: on CPUs with AVX512_BF16 its eval mode rounds
     inputs and repacks the weights, for good."""
@@ -99,7 +87,7 @@ def test_reads_and_writes_their_checkpoints(
     given = config(**layout, bnb_4bit_quant_storage=storage)
     original = theirs(saved, quantization_config=given)
     original.save_pretrained(tmp_path / "theirs")
-    model = ours(tmp_path / "theirs")
+    model = load_as_bitsandbytes(tmp_path / "theirs")
     ids = token_ids()
     # Both compute in float32 from equal bytes; only the order of sums differs.
     assert torch.allclose(logits(model, ids), their_logits(original, ids), atol=1e-5)
@@ -133,7 +121,7 @@ def test_single_quantization_gives_their_bytes(tmp_path: Path) -> None:
     saved = save_model("llama-short-blocks", tmp_path / "16bit")
     given = config(bnb_4bit_quant_type="nf4")
     theirs(saved, quantization_config=given).save_pretrained(tmp_path / "theirs")
-    ours(saved, quantization_config=given).save_pretrained(tmp_path / "ours")
+    load_as_bitsandbytes(saved, quantization_config=given).save_pretrained(tmp_path / "ours")
     assert_same_files(tmp_path / "theirs", tmp_path / "ours")
 
 
@@ -158,7 +146,7 @@ def test_skip_lists_do_not_decide(tmp_path: Path) -> None:
     original.save_pretrained(tmp_path / "theirs")
     file = tmp_path / "theirs" / "config.json"
     file.write_text(file.read_text().replace("model.layers.0.mlp", "language_model.layers.0.mlp"))
-    model = ours(tmp_path / "theirs")
+    model = load_as_bitsandbytes(tmp_path / "theirs")
     assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
     assert isinstance(model.model.layers[1].mlp.up_proj, nf4.NF4Linear)
     ids = token_ids()
@@ -211,7 +199,7 @@ def test_flag_that_scripts_look_at(tmp_path: Path) -> None:
     """is_loaded_in_4bit is set for bitsandbytes' configuration, where bitsandbytes is importable:
     transformers imports it wherever the flag is set."""
     saved = save_model("llama", tmp_path)
-    model = ours(saved, quantization_config=config(**NF4_DOUBLE))
+    model = load_as_bitsandbytes(saved, quantization_config=config(**NF4_DOUBLE))
     assert model.is_loaded_in_4bit
     assert model.num_parameters() > 0
     assert not hasattr(quantized(saved), "is_loaded_in_4bit")
@@ -242,7 +230,7 @@ def test_b1_save_what_was_loaded(tmp_path: Path) -> None:
     loaded = theirs(tmp_path / "theirs")
     with pytest.raises(NotImplementedError):
         loaded.save_pretrained(tmp_path / "again")
-    ours(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
+    load_as_bitsandbytes(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
     assert_same_files(tmp_path / "theirs", tmp_path / "ours")
 
 
@@ -253,7 +241,7 @@ def test_b2_dequantize_after_saving(tmp_path: Path) -> None:
     loaded.save_pretrained(tmp_path / "theirs")
     with pytest.raises(RuntimeError, match="Invalid device string"):
         loaded.dequantize()
-    model = ours(saved, quantization_config=given)
+    model = load_as_bitsandbytes(saved, quantization_config=given)
     model.save_pretrained(tmp_path / "ours")
     model.dequantize()
     assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
@@ -266,7 +254,7 @@ def test_b4_conv1d_comes_back(tmp_path: Path) -> None:
     loaded = theirs(saved, "gpt2", quantization_config=given)
     loaded.dequantize()
     assert type(loaded.transformer.h[0].attn.c_attn) is nn.Linear  # which no reload accepts
-    model = ours(saved, "gpt2", quantization_config=given)
+    model = load_as_bitsandbytes(saved, "gpt2", quantization_config=given)
     model.dequantize()
     assert type(model.transformer.h[0].attn.c_attn) is Conv1D
 
@@ -276,7 +264,7 @@ def test_b11_experts_are_quantized(tmp_path: Path) -> None:
     given = config(**NF4_DOUBLE)
     loaded = theirs(saved, "qwen3-moe", quantization_config=given)
     assert loaded.model.layers[0].mlp.experts.down_proj.is_floating_point()
-    model = ours(saved, "qwen3-moe", quantization_config=given)
+    model = load_as_bitsandbytes(saved, "qwen3-moe", quantization_config=given)
     experts = model.model.layers[0].mlp.experts
     assert isinstance(experts, NF4Experts)
     assert not experts.down_proj.is_floating_point()
@@ -302,7 +290,7 @@ def test_b13_offload(device: str, tmp_path: Path) -> None:
     if device == "disk":
         with pytest.raises(ValueError, match="dispatched on the CPU or the disk"):
             theirs(tmp_path / "theirs", **kwargs)
-    model = ours(tmp_path / "theirs", **kwargs)
+    model = load_as_bitsandbytes(tmp_path / "theirs", **kwargs)
     weight = model.model.layers[1].mlp.up_proj.weight
     assert weight.is_meta == (device == "disk")
     ids = token_ids()
@@ -311,109 +299,9 @@ def test_b13_offload(device: str, tmp_path: Path) -> None:
     assert_same_files(tmp_path / "theirs", tmp_path / "ours")
 
 
-# A checkpoint that cannot be loaded gives one error that says why.
-
-KEY = "model.layers.1.mlp.up_proj.weight"
-STATE = f"{KEY}.quant_state.bitsandbytes__"
-
-
-def _drop(key: str) -> Any:
-    return lambda tensors: tensors.pop(key)
-
-
-def _rename(old: str, new: str) -> Any:
-    return lambda tensors: tensors.update({new: tensors.pop(old)})
-
-
-def _double_state(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[f"{STATE}fp4"] = tensors[f"{STATE}nf4"].clone()
-
-
-def _drop_companions(tensors: dict[str, torch.Tensor]) -> None:
-    for key in [key for key in tensors if key.startswith(f"{KEY}.")]:
-        del tensors[key]
-
-
-def _shorten(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[KEY] = tensors[KEY][:-1].clone()
-
-
-def _other_table(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[f"{KEY}.quant_map"] += 0.1
-
-
-def _no_json(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[f"{STATE}nf4"][0] = ord("?")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        pytest.param(_drop(f"{STATE}nf4"), "missing key .*up_proj.*nf4", id="no state"),
-        pytest.param(_drop(f"{KEY}.absmax"), "missing key .*up_proj.*absmax", id="no absmax"),
-        pytest.param(_drop(f"{KEY}.nested_absmax"), "missing key .*nested_absmax", id="no nested"),
-        pytest.param(_drop(KEY), "missing key .*up_proj.weight'", id="no weight"),
-        pytest.param(_drop_companions, "up_proj.weight is packed .*state is missing", id="bare"),
-        pytest.param(_double_state, "one quantization state, got fp4 and nf4", id="two states"),
-        pytest.param(_rename(f"{STATE}nf4", f"{STATE}nf3"), "format .* got 'nf3'", id="unknown"),
-        pytest.param(_shorten, "packed must have 4096 elements .* got 4095", id="short"),
-        pytest.param(_other_table, "up_proj.*must be the nf4 table", id="table"),
-        pytest.param(_no_json, "must hold JSON", id="no JSON"),
-    ],
-)
-def test_damaged_checkpoint(change: Any, message: str, tmp_path: Path) -> None:
-    quantized(save_model("llama", tmp_path / "16bit")).save_pretrained(tmp_path / "4bit")
-    edit_tensors(tmp_path / "4bit", change)
-    with pytest.raises(ValueError, match=message):
-        ours(tmp_path / "4bit")
-
-
-def test_truncated_file(tmp_path: Path) -> None:
-    quantized(save_model("llama", tmp_path / "16bit")).save_pretrained(tmp_path / "4bit")
-    file = tmp_path / "4bit" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"model.safetensors is truncated or damaged"):
-        ours(tmp_path / "4bit")
-
-
-def test_another_model_s_weights(tmp_path: Path) -> None:
-    saved = save_model("llama-short-blocks", tmp_path / "16bit")
-    quantized(saved).save_pretrained(tmp_path / "4bit")
-    file = tmp_path / "4bit" / "config.json"
-    file.write_text(file.read_text().replace('"intermediate_size": 100', '"intermediate_size": 96'))
-    with pytest.raises(ValueError, match=r"must have shape \[96, 64\], got \[100, 64\]"):
-        ours(tmp_path / "4bit")
-
-
-def test_weights_that_are_not_finite(tmp_path: Path) -> None:
-    saved = save_model("llama", tmp_path)
-
-    def spoil(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[KEY][3, 5] = float("nan")
-        tensors["model.layers.0.mlp.down_proj.weight"][0, 0] = float("inf")
-
-    edit_tensors(saved, spoil)
-    with pytest.raises(ValueError, match=r"2 weights could not be loaded") as error:
-        quantized(saved)
-    assert f"{KEY}: nf4.quantize: weight must be finite, got nan at index [3, 5]" in str(
-        error.value
-    )
-
-
 def test_8bit_is_left_to_bitsandbytes(in_place: None, tmp_path: Path) -> None:
     saved = save_model("llama", tmp_path)
     model = auto_class("llama").from_pretrained(
         saved, quantization_config=BitsAndBytesConfig(load_in_8bit=True)
     )
     assert isinstance(model.model.layers[0].mlp.up_proj, bnb.nn.Linear8bitLt)
-
-
-def test_quantizing_to_disk_is_refused(tmp_path: Path) -> None:
-    saved = save_model("llama", tmp_path)
-    with pytest.raises(ValueError, match="device_map must not send modules to disk"):
-        load(
-            saved,
-            quantization_config=nf4.NF4Config(),
-            device_map={"model": "disk", "lm_head": "cpu"},
-            offload_folder=tmp_path / "offload",
-        )

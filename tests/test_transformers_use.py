@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import load, logits, quantized, save_model, token_ids
+from checkpoints import load, logits, quantized, save_model
+from tiny import token_ids
 from torch import nn
 
 import nf4
