@@ -134,6 +134,8 @@ def cuda_library() -> Library | None:
     kernel = [nvcc, "-std=c++17", "-O3", "--fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden"]
     kernel += ["--threads=1", f"-I{ROOT / 'csrc/include'}"]
     kernel += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs.split(";")]
+    if "90a" in archs.split(";"):
+        kernel.append("-DNF4_SM90A")  # wgmma is in sm_90a, not in sm_90
     compiler = os.environ.get("CXX", "g++").split()
     binding = [*compiler, "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden"]
     binding += [

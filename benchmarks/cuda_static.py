@@ -114,7 +114,8 @@ def _tool(name: str) -> str:
 def compile_cubin(source: str, arch: str, directory: Path) -> tuple[Path, str]:
     """The cubin of one file of csrc/cuda, and ptxas's report."""
     target = directory / f"{source}_{arch}.cubin"
-    command = ["nvcc", "-std=c++17", "-O3", "--fmad=false", f"-I{ROOT / 'csrc' / 'include'}"]
+    command = ["nvcc", "-std=c++17", "-O3", "--fmad=false", "-DNF4_SM90A"]
+    command += [f"-I{ROOT / 'csrc' / 'include'}"]
     command += ["-Xptxas", "-v", "-cubin", f"-arch=sm_{arch}", "-o", str(target)]
     command += [str(ROOT / "csrc" / "cuda" / f"{source}.cu")]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -25,6 +25,13 @@ SHAPES = [
     Matmul((131,), 144, 256, nested=True, bias=True),
     Matmul((270,), 392, 128, nested=True),
     Matmul((140,), 33, 640),
+    # On Hopper (device 90), where more than 64 tokens go to hopper_tile.cu: several tiles in both
+    # directions; weights that are dequantized first for their block size, k, format, and for m.
+    Matmul((517,), 270, 192, block_size=128, format="fp4", nested=True),
+    Matmul((300,), 250, 64, bias=True),
+    Matmul((90,), 150, 520, block_size=32, nested=True, bias=True),
+    Matmul((258,), 77, 72, format="dynamic8", nested=True),
+    Matmul((4100,), 24, 64),
 ]
 
 
@@ -81,6 +88,8 @@ LORAS = [
     Lora(Matmul((40,), 264, 192, nested=True), F16, 24, None, 0.5),
     Lora(Matmul((150,), 136, 320, bias=True), BF16, 7, None, 0.0),
     Lora(Matmul((130,), 64, 576, nested=True), BF16, 64, F32, 0.05),
+    Lora(Matmul((150,), 40, 80, format="dynamic8", bias=True), F16, 17, F32, 0.1),
+    Lora(Matmul((515,), 135, 128, nested=True), BF16, 40, BF16, 0.0),
 ]
 
 

@@ -10,10 +10,16 @@ constexpr size_t kAlign = 256;
 size_t rounded(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
 size_t forward_workspace(const Matmul& p) {
-  return tile_forward_takes(p) ? tile_forward_workspace(p) : 0;
+  const size_t hopper = hopper_forward_takes(p) ? hopper_forward_workspace(p) : 0;
+  const size_t tile = tile_forward_takes(p) ? tile_forward_workspace(p) : 0;
+  return hopper > tile ? hopper : tile;
 }
 int forward(const Matmul& p, void* workspace, cudaStream_t stream) {
   if (p.m == 0 || p.weight.n == 0) return 0;
+  if (hopper_forward_takes(p)) {
+    const int status = hopper_forward(p, workspace, stream);
+    if (status != cudaErrorNotSupported) return status;
+  }
   return tile_forward_takes(p) ? tile_forward(p, workspace, stream) : general_forward(p, stream);
 }
 size_t backward_workspace(const Matmul& p) {
@@ -76,9 +82,11 @@ extern "C" int nf4_cuda_linear_backward(const void* grad_y, const nf4_weight* we
   return backward({grad_y, *weight, nullptr, dx, m, dtype, {}}, workspace, stream);
 }
 
-extern "C" size_t nf4_cuda_linear_lora_workspace(const nf4_weight* weight, const nf4_lora*,
+extern "C" size_t nf4_cuda_linear_lora_workspace(const nf4_weight* weight, const nf4_lora* lora,
                                                  int64_t m, int dtype) {
-  return nf4_cuda_linear_workspace(weight, m, dtype);
+  Up up = {};
+  up.r = static_cast<int>(lora->r);
+  return forward_workspace({nullptr, *weight, nullptr, nullptr, m, dtype, up});
 }
 
 extern "C" int nf4_cuda_linear_lora(const void* x, const nf4_weight* weight, const void* bias,

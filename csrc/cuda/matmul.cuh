@@ -38,6 +38,13 @@ bool tile_backward_takes(const Matmul& p);
 size_t tile_backward_workspace(const Matmul& p);
 int tile_backward(const Matmul& p, void* workspace, cudaStream_t stream);
 
+// Hopper's tensor cores (hopper_tile.cu): 16-bit elements, every format, k % 8 == 0, many tokens.
+// hopper_forward returns cudaErrorNotSupported, with nothing launched, where the driver encodes no
+// tensor maps.
+bool hopper_forward_takes(const Matmul& p);
+size_t hopper_forward_workspace(const Matmul& p);
+int hopper_forward(const Matmul& p, void* workspace, cudaStream_t stream);
+
 // Everything else, in float32 FMA (linear_general.cu).
 int general_forward(const Matmul& p, cudaStream_t stream);
 int general_backward(const Matmul& p, cudaStream_t stream);

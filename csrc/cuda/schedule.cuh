@@ -42,6 +42,19 @@ inline Schedule make_schedule(int64_t tiles, int64_t steps, int ctas_per_sm) {
   return {tiles, static_cast<int>(steps), ctas, whole};
 }
 
+// The same for long steps and large tiles, one CTA an SM (hopper_tile.cu). Partial sums cost a CTA
+// about as much as 28 steps: it writes and later reads up to two results of half a step's bytes
+// each (256 KiB at 24 bytes a clock and SM from L2, so 22 000 clocks for steps of 1024), and
+// another kernel starts. Whole tiles, unless their last wave leaves SMs idle for longer.
+inline Schedule make_long_schedule(int64_t tiles, int64_t steps) {
+  constexpr int64_t kPartialSteps = 28;
+  const int64_t full = device().multiprocessors;
+  const int64_t idle = ((tiles + full - 1) / full * full - tiles) * steps / full;
+  const bool whole = idle <= kPartialSteps;
+  const auto ctas = static_cast<int>(std::min(full, whole ? tiles : tiles * steps));
+  return {tiles, static_cast<int>(steps), ctas, whole};
+}
+
 // Walks over the units of a CTA.
 struct Cursor {
   int64_t tile;

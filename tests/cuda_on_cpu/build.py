@@ -22,7 +22,7 @@ MODES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 COMMON = (
     "-std=c++17", "-g", "-fPIC", "-DNF4_EMULATE", "-ffp-contract=off", "-fno-strict-aliasing",
-    "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function",
+    "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-psabi",
 )  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 // The race build's checker: per-byte shadow of shared memory and of every registered buffer.
 //
-// Happens-before by vector clocks, joined at __syncthreads and __syncwarp (and by nothing else:
-// shuffles and mma order no memory). Global memory is checked between blocks of one launch, where
-// nothing orders anything. Compiled without instrumentation; kernels call the __tsan hooks below.
+// Happens-before by vector clocks, joined at __syncthreads, __syncwarp and mbarriers (and by
+// nothing else: shuffles, mma and wgmma order no memory). Global memory is checked between blocks
+// of one launch, where nothing orders anything. Compiled without instrumentation; kernels call the
+// __tsan hooks below.
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -50,9 +51,7 @@ const char* place(const void* pc) {
   return "?";
 }
 
-bool ordered(int other, uint32_t clock) {
-  return other == g_thread->id || (*g_thread->known)[other] >= clock;
-}
+bool ordered(int other, uint32_t clock) { return checker_ordered(other, clock); }
 
 void check_shared(size_t offset, size_t bytes, bool write, const void* pc) {
   for (size_t i = offset; i < offset + bytes; ++i) {
@@ -62,8 +61,9 @@ void check_shared(size_t offset, size_t bytes, bool write, const void* pc) {
                     g_thread->id, place(pc));
     }
     if (b.pending) {
-      return report("shared memory: thread %d %s bytes that a cp.async is still writing, at %s",
-                    g_thread->id, write ? "writes" : "reads", place(pc));
+      return report(
+          "shared memory: thread %d %s bytes that an asynchronous copy is still writing, at %s",
+          g_thread->id, write ? "writes" : "reads", place(pc));
     }
     if (!write && b.writer < 0) {
       return report("shared memory: thread %d reads bytes that nobody wrote, at %s", g_thread->id,
@@ -160,16 +160,36 @@ void checker_pending(const void* shared, int bytes, bool pending) {
   for (size_t i = offset; i < offset + bytes && i < kArenaBytes; ++i) g_shared[i].pending = pending;
 }
 
-Knowledge checker_join(Thread* const* threads, int count, int total) {
+Knowledge checker_join(Thread* const* threads, int count) {
   if (!g_checking) return threads[0]->known;
   auto joined = std::make_shared<std::vector<uint32_t>>(*threads[0]->known);
   const std::vector<uint32_t>* last = threads[0]->known.get();
   for (int i = 0; i < count; ++i) {
     if (threads[i]->known.get() == last) continue;
     last = threads[i]->known.get();
-    for (int j = 0; j < total; ++j) (*joined)[j] = std::max((*joined)[j], (*last)[j]);
+    for (size_t j = 0; j < joined->size(); ++j) {
+      (*joined)[j] = std::max((*joined)[j], (*last)[j]);
+    }
   }
   for (int i = 0; i < count; ++i) (*joined)[threads[i]->id] = threads[i]->clock;
+  return joined;
+}
+
+bool checker_ordered(int other, uint32_t clock) {
+  return other == g_thread->id || (*g_thread->known)[other] >= clock;
+}
+
+Knowledge checker_release(Thread* thread) {
+  if (!g_checking) return thread->known;
+  auto known = std::make_shared<std::vector<uint32_t>>(*thread->known);
+  (*known)[thread->id] = thread->clock++;
+  return known;
+}
+
+Knowledge checker_merge(const Knowledge& a, const Knowledge& b) {
+  if (!g_checking || a == b) return b;
+  auto joined = std::make_shared<std::vector<uint32_t>>(*a);
+  for (size_t i = 0; i < joined->size(); ++i) (*joined)[i] = std::max((*joined)[i], (*b)[i]);
   return joined;
 }
 

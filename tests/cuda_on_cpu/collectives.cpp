@@ -3,15 +3,26 @@
 
 namespace nf4::emulation {
 
-namespace {
-
-float element(uint32_t pair, int index, bool bf16) {
+float element(uint32_t pair, int index, bool is_bf16) {
   const auto bits = static_cast<uint16_t>(pair >> (16 * index));
-  if (bf16) return __uint_as_float(static_cast<uint32_t>(bits) << 16);
+  if (is_bf16) return __uint_as_float(static_cast<uint32_t>(bits) << 16);
   __half_raw raw;
   raw.x = bits;
   return __half2float(__half(raw));
 }
+
+void touch(const void* address, size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  for (size_t i = 0; i < bytes; ++i) {
+    static_cast<void>(*(static_cast<const volatile unsigned char*>(address) + i));
+  }
+#else
+  static_cast<void>(address);
+  static_cast<void>(bytes);
+#endif
+}
+
+namespace {
 
 // Fragment layouts of mma.m16n8k16 (PTX ISA, "Matrix Fragments for mma.m16n8k16"): lane 4g + t
 // holds A rows g, g+8 and columns 2t, 2t+1, 2t+8, 2t+9; B rows likewise, column g; C rows g, g+8
@@ -107,11 +118,7 @@ void cp_async(void* shared, const void* global, int bytes, int valid, const char
   // Counted now: a write that earlier readers must be ordered before, and a read of the source.
   checker_access(to, bytes, true, __builtin_return_address(0));
   if (valid > 0) checker_access(global, valid, false, __builtin_return_address(0));
-#if defined(__SANITIZE_ADDRESS__)
-  for (int i = 0; i < valid; ++i) {  // an instrumented read of the source
-    static_cast<void>(*(static_cast<const volatile unsigned char*>(global) + i));
-  }
-#endif
+  touch(global, valid);
   std::memset(to, 0xff, bytes);
   checker_pending(to, bytes, true);
   if (bytes % 8 == 0) poison(to, bytes);

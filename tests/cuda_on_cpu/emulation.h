@@ -26,12 +26,14 @@
 #undef __constant__
 #undef __forceinline__
 #undef __launch_bounds__
+#undef __grid_constant__
 #define __global__
 #define __device__
 #define __host__
 #define __constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__ static_assert(false, "take shared memory from nf4::cuda::Carve")
 
 namespace nf4::emulation {
@@ -62,6 +64,28 @@ void check_shared_read(const void* address, size_t bytes, const char* what);
 int run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 int multiprocessors();
 int compute_capability();
+
+// Hopper (hopper.cpp). An address in shared memory as wgmma and mbarrier instructions take it.
+uint32_t shared_offset(const void* pointer);
+bool encode_tensor_map(void* map, const void* base, int element_bytes, int dims,
+                       const uint64_t* size, const uint64_t* stride, const uint32_t* box,
+                       int swizzle_bytes);
+void tma_load(void* shared, const void* map, void* barrier, const int* at, int dims,
+              const char* file, int line);
+void mbarrier_init(void* barrier, int arrivals, const char* file, int line);
+void mbarrier_arrive(void* barrier, int expected_bytes, const char* file, int line);
+void mbarrier_wait(void* barrier, uint32_t parity, const char* file, int line);
+
+struct Wgmma {
+  float* d;           // [16][4]
+  const uint32_t* a;  // [4]; null: a_matrix
+  uint64_t a_matrix, b_matrix;
+  bool is_bf16;
+};
+void wgmma(void* const (&payload)[32]);
+void wgmma_fence(void* const (&payload)[32]);
+void wgmma_commit(void* const (&payload)[32]);
+void wgmma_wait(void* const (&payload)[32]);  // int: groups that may stay under way
 
 struct Mma {
   float* c;           // [4]
@@ -120,6 +144,9 @@ inline float __uint_as_float(uint32_t u) {
   float v;
   std::memcpy(&v, &u, 4);
   return v;
+}
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>((low | static_cast<uint64_t>(high) << 32) >> (shift & 31));
 }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);

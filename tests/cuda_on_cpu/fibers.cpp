@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <string>
 
-#include "runtime.h"
+#include "hopper.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -125,6 +125,7 @@ uint64_t next_random() {
 }
 
 const char* name_of(Thread::State state) {
+  if (state == Thread::State::kMbarrier) return "an mbarrier";
   return state == Thread::State::kBlockBarrier ? "__syncthreads" : "a warp collective";
 }
 
@@ -141,8 +142,7 @@ bool release_block_barrier(Block& block) {
   }
   std::vector<Thread*> all;
   for (Thread& t : block.threads) all.push_back(&t);
-  const int count = static_cast<int>(all.size());
-  const Knowledge joined = checker_join(all.data(), count, count);
+  const Knowledge joined = checker_join(all.data(), static_cast<int>(all.size()));
   for (Thread& t : block.threads) {
     t.state = Thread::State::kReady;
     t.known = joined;
@@ -182,6 +182,7 @@ bool run_block(Block& block, int mode) {
     const int next = pick(block, last, mode);
     if (next < 0) {
       if (release_block_barrier(block)) continue;
+      if (async_progress(block, mode == 0 ? 0 : next_random())) continue;
       if (g_report_count == 0) {
         const Thread *a = nullptr, *b = nullptr;
         for (const Thread& t : block.threads) {
@@ -208,6 +209,7 @@ bool run_block(Block& block, int mode) {
       }
     }
   }
+  async_finish(block);
   return true;
 }
 
@@ -247,8 +249,7 @@ void arrive_at_warp(WarpFunction function, void* payload, const char* file, int 
   if (function != nullptr) {
     function(at.payload);
   } else {
-    const int total = static_cast<int>(g_block->threads.size());
-    const Knowledge joined = checker_join(warp_threads, 32, total);
+    const Knowledge joined = checker_join(warp_threads, 32);
     for (Thread* t : warp_threads) {
       t->known = joined;
       ++t->clock;
@@ -293,6 +294,8 @@ void block_barrier(const char* file, int line) {
   g_thread->line = line;
   switch_to_scheduler();
 }
+
+void yield_to_scheduler() { switch_to_scheduler(); }
 
 void warp_barrier(const char* file, int line) { arrive_at_warp(nullptr, nullptr, file, line); }
 
@@ -357,7 +360,7 @@ int run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>&
         g_block = &b;
         poison(g_arena, kArenaBytes);
         checker_begin_block();
-        const auto nothing = std::make_shared<const std::vector<uint32_t>>(threads, 0);
+        const auto nothing = std::make_shared<const std::vector<uint32_t>>(threads + 1, 0);
         for (int i = 0; i < threads; ++i) {
           Thread& t = b.threads[i];
           t.id = i;

@@ -24,7 +24,7 @@ struct PendingCopy {
 };
 
 struct Thread {
-  enum class State { kReady, kBlockBarrier, kWarp, kDone };
+  enum class State { kReady, kBlockBarrier, kWarp, kMbarrier, kDone };
   State state = State::kReady;
   void* stack_pointer = nullptr;
   unsigned char* stack = nullptr;
@@ -38,7 +38,11 @@ struct Thread {
   Knowledge known;
   std::vector<std::vector<PendingCopy>> groups;  // committed cp.async groups, oldest first
   std::vector<PendingCopy> open_group;
+  const void* awaited = nullptr;  // the mbarrier of kMbarrier, and the phase's parity
+  uint32_t awaited_parity = 0;
 };
+
+struct AsyncState;  // hopper.cpp: mbarriers, copies and products under way
 
 struct SharedArray {
   size_t offset, bytes, alignment;
@@ -53,6 +57,7 @@ struct Block {
   size_t shared_limit = 0;
   long serial = 0;  // of the block over all launches
   const std::function<void()>* kernel = nullptr;
+  std::shared_ptr<AsyncState> async;
 };
 
 extern Block* g_block;
@@ -70,11 +75,24 @@ void checker_begin_block();
 void checker_allocate(size_t offset, size_t bytes);
 void checker_pending(const void* shared, int bytes, bool pending);
 void checker_access(const void* address, size_t bytes, bool write, const void* pc);
-Knowledge checker_join(Thread* const* threads, int count, int total);
+Knowledge checker_join(Thread* const* threads, int count);
+// Vector clocks for other orders than barriers: what a thread knows and did so far, the sum of two
+// knowledges, and whether the running thread knows what `other` did up to `clock`.
+Knowledge checker_release(Thread* thread);
+Knowledge checker_merge(const Knowledge& a, const Knowledge& b);
+bool checker_ordered(int other, uint32_t clock);
 extern bool g_checking;
+
+// hopper.cpp: lets one copy that is under way land; false where there is none. `random` picks.
+bool async_progress(Block& block, uint64_t random);
+// Reports what a block leaves under way.
+void async_finish(Block& block);
 
 // ASan's poisoning, empty functions elsewhere.
 void poison(void* address, size_t bytes);
 void unpoison(void* address, size_t bytes);
+// As instrumented code would read it: ASan sees an address out of bounds.
+void touch(const void* address, size_t bytes);
+float element(uint32_t pair, int index, bool is_bf16);
 
 }  // namespace nf4::emulation

@@ -1,0 +1,261 @@
+// Hopper's asynchronous instructions: mbarrier, copies by tensor map (TMA), wgmma.
+//
+// The rules of ptx.cuh hold here: one PTX side for sm_90a, one side for tests/cuda_on_cpu. For
+// other architectures NF4_HOPPER_CODE is not defined, and kernels leave their bodies out.
+#pragma once
+
+#include <type_traits>
+
+#include "ptx.cuh"
+
+#if defined(NF4_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define NF4_HOPPER_CODE 1
+#endif
+
+namespace nf4::cuda {
+
+// What cuTensorMapEncodeTiled fills (tensor_map.cuh); a kernel gets it as a __grid_constant__.
+struct alignas(64) TensorMap {
+  uint64_t opaque[16];
+};
+
+struct alignas(8) Mbarrier {
+  uint64_t state;
+};
+
+#if defined(NF4_EMULATE)
+inline uint32_t shared_address(const void* pointer) { return emulation::shared_offset(pointer); }
+#endif
+
+#if defined(NF4_HOPPER_CODE)
+
+// mbarrier.init: a phase ends after `arrivals` arrivals and all bytes that they expect. One thread
+// initializes; mbarrier_init_done by the same thread and a __syncthreads come before any use.
+__device__ __forceinline__ void mbarrier_init(Mbarrier* barrier, int arrivals, NF4_SITE) {
+#if defined(NF4_EMULATE)
+  emulation::mbarrier_init(barrier, arrivals, file, line);
+#else
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(shared_address(barrier)),
+               "r"(arrivals)
+               : "memory");
+#endif
+}
+__device__ __forceinline__ void mbarrier_init_done() {
+#if !defined(NF4_EMULATE)
+  asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+#endif
+}
+
+// mbarrier.arrive: releases what this thread did before.
+__device__ __forceinline__ void mbarrier_arrive(Mbarrier* barrier, NF4_SITE) {
+#if defined(NF4_EMULATE)
+  emulation::mbarrier_arrive(barrier, 0, file, line);
+#else
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(shared_address(barrier))
+               : "memory");
+#endif
+}
+
+// mbarrier.arrive.expect_tx: an arrival; the phase also waits for `bytes` from copies.
+__device__ __forceinline__ void mbarrier_arrive_expect(Mbarrier* barrier, int bytes, NF4_SITE) {
+#if defined(NF4_EMULATE)
+  emulation::mbarrier_arrive(barrier, bytes, file, line);
+#else
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+#endif
+}
+
+// mbarrier.try_wait.parity: returns when the phase of this parity has ended. The first phase has
+// parity 0, and "the phase before it" parity 1: a wait for 1 on a fresh barrier returns at once.
+__device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, uint32_t parity, NF4_SITE) {
+#if defined(NF4_EMULATE)
+  emulation::mbarrier_wait(barrier, parity, file, line);
+#else
+  uint32_t ended;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}\n"
+        : "=r"(ended)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  } while (ended == 0);
+#endif
+}
+
+// cp.async.bulk.tensor: one thread starts the copy of the map's box at these coordinates (innermost
+// first) into shared memory; elements outside the tensor become zero. The bytes of the whole box
+// count towards the barrier's phase, whose end makes them visible to those who wait for it.
+__device__ __forceinline__ void tma_load(void* shared, const TensorMap& map, Mbarrier* barrier,
+                                         int c0, int c1, NF4_SITE) {
+#if defined(NF4_EMULATE)
+  const int at[2] = {c0, c1};
+  emulation::tma_load(shared, &map, barrier, at, 2, file, line);
+#else
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+      "[%1, {%2, %3}], [%4];\n" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(c0), "r"(c1), "r"(shared_address(barrier))
+      : "memory");
+#endif
+}
+__device__ __forceinline__ void tma_load(void* shared, const TensorMap& map, Mbarrier* barrier,
+                                         int c0, int c1, int c2, int c3, NF4_SITE) {
+#if defined(NF4_EMULATE)
+  const int at[4] = {c0, c1, c2, c3};
+  emulation::tma_load(shared, &map, barrier, at, 4, file, line);
+#else
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+      "[%1, {%2, %3, %4, %5}], [%6];\n" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(shared_address(barrier))
+      : "memory");
+#endif
+}
+
+// The descriptor of 16 columns of 16-bit elements in shared memory, from rows of 128 bytes that
+// TMA swizzled by 128 bytes: start address / 16; 1024 bytes from one group of 8 rows to the next;
+// layout 1. The tile is aligned to 1024, the columns start at a multiple of 32 bytes of its rows.
+__device__ __forceinline__ uint64_t shared_matrix(const void* columns) {
+  return (shared_address(columns) & 0x3ffff) >> 4 | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 |
+         uint64_t{1} << 62;
+}
+
+// setmaxnreg: from here on each thread of this warpgroup has kCount registers; a warpgroup that
+// takes more waits for another to give some back. Without meaning on a CPU.
+template <int kCount>
+__device__ __forceinline__ void give_registers() {
+#if !defined(NF4_EMULATE)
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kCount));
+#endif
+}
+template <int kCount>
+__device__ __forceinline__ void take_registers() {
+#if !defined(NF4_EMULATE)
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kCount));
+#endif
+}
+
+// wgmma.fence: before the first wgmma, and again after registers of one were written.
+__device__ __forceinline__ void wgmma_fence(NF4_SITE) {
+#if defined(NF4_EMULATE)
+  emulation::warp_collective(emulation::wgmma_fence, nullptr, file, line);
+#else
+  asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
+#endif
+}
+
+// wgmma.commit_group: ends the group of products that wgmma_wait counts.
+__device__ __forceinline__ void wgmma_commit(NF4_SITE) {
+#if defined(NF4_EMULATE)
+  emulation::warp_collective(emulation::wgmma_commit, nullptr, file, line);
+#else
+  asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
+#endif
+}
+
+// wgmma.wait_group: waits until at most kPending of this warp's groups are under way. Until then
+// neither accumulators nor fragments nor the operands in shared memory may be touched.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait(NF4_SITE) {
+#if defined(NF4_EMULATE)
+  int pending = kPending;
+  emulation::warp_collective(emulation::wgmma_wait, &pending, file, line);
+#else
+  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
+#endif
+}
+
+// No instruction: keeps the compiler from using the registers of a fragment for something else
+// before this point, which comes after the wait.
+__device__ __forceinline__ void wgmma_keep(const uint32_t (&a)[4]) {
+#if defined(NF4_EMULATE)
+  static_cast<void>(a);
+#else
+  asm volatile("" ::"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]) : "memory");
+#endif
+}
+
+#define NF4_F4(d, i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define NF4_F16(d, i) NF4_F4(d, i), NF4_F4(d, i + 1), NF4_F4(d, i + 2), NF4_F4(d, i + 3)
+#define NF4_F64(d) NF4_F16(d, 0), NF4_F16(d, 4), NF4_F16(d, 8), NF4_F16(d, 12)
+// clang-format off
+#define NF4_R64                                                                                   \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "   \
+  "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "    \
+  "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "    \
+  "%56, %57, %58, %59, %60, %61, %62, %63}"
+// clang-format on
+
+// No instruction: what follows sees the accumulators as the wait before it left them.
+__device__ __forceinline__ void wgmma_results(float (&d)[16][4]) {
+#if defined(NF4_EMULATE)
+  static_cast<void>(d);
+#else
+  asm volatile("" : NF4_F64(d)::"memory");
+#endif
+}
+
+// wgmma.m64n128k16, fp32 accumulators: d += a b^T for a warpgroup of 128 threads, asynchronously.
+// Warp w has rows 16 w to 16 w + 15 of a and d, in the layout of mma.m16n8k16 (ptx.cuh): d[j] is
+// the fragment of columns 8 j to 8 j + 7. a comes from registers or, like b [128 rows of 16], as a
+// shared_matrix [64 rows of 16].
+template <typename T>
+__device__ __forceinline__ void wgmma_m64n128k16(float (&d)[16][4], const uint32_t (&a)[4],
+                                                 uint64_t b, NF4_SITE) {
+#if defined(NF4_EMULATE)
+  emulation::Wgmma payload{&d[0][0], a, 0, b, std::is_same_v<T, __nv_bfloat16>};
+  emulation::warp_collective(emulation::wgmma, &payload, file, line);
+#else
+#define NF4_WGMMA(type)                                                        \
+  asm volatile(                                                                \
+      "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"                               \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " NF4_R64 \
+      ", {%64, %65, %66, %67}, %68, p, 1, 1, 0;\n}\n"                          \
+      : NF4_F64(d)                                                             \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)                     \
+      : "memory")
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    NF4_WGMMA("bf16");
+  } else {
+    NF4_WGMMA("f16");
+  }
+#undef NF4_WGMMA
+#endif
+}
+template <typename T>
+__device__ __forceinline__ void wgmma_m64n128k16(float (&d)[16][4], uint64_t a, uint64_t b,
+                                                 NF4_SITE) {
+#if defined(NF4_EMULATE)
+  emulation::Wgmma payload{&d[0][0], nullptr, a, b, std::is_same_v<T, __nv_bfloat16>};
+  emulation::warp_collective(emulation::wgmma, &payload, file, line);
+#else
+#define NF4_WGMMA(type)                                                        \
+  asm volatile(                                                                \
+      "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"                               \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " NF4_R64 \
+      ", %64, %65, p, 1, 1, 0, 0;\n}\n"                                        \
+      : NF4_F64(d)                                                             \
+      : "l"(a), "l"(b)                                                         \
+      : "memory")
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    NF4_WGMMA("bf16");
+  } else {
+    NF4_WGMMA("f16");
+  }
+#undef NF4_WGMMA
+#endif
+}
+
+#undef NF4_F4
+#undef NF4_F16
+#undef NF4_F64
+#undef NF4_R64
+
+#endif  // NF4_HOPPER_CODE
+
+}  // namespace nf4::cuda

@@ -1,0 +1,93 @@
+// Which of hopper_tile.cu's kernels takes a problem, and what it is given.
+#pragma once
+
+#include "hopper.cuh"
+#include "matmul.cuh"
+#include "schedule.cuh"
+#include "vector.cuh"
+
+namespace nf4::cuda {
+
+constexpr int kHopperRows = 128;  // of a CTA, 64 for each of its two warpgroups
+constexpr int kHopperStep = 64;   // elements of K: 128 bytes, the width of a swizzled box
+
+template <int kHalves_, bool kDense_, int kStages_>
+struct HopperTile {
+  static constexpr int kHalves = kHalves_;  // of 128 tokens
+  static constexpr bool kDense = kDense_;
+  static constexpr int kStages = kStages_;
+  static constexpr int kTokens = 128 * kHalves;
+  // Two warpgroups multiply, one thread of a third loads. Threads start with 168 registers each;
+  // the third group gives most of its own to the others, which hold 64 * kHalves sums.
+  static constexpr int kConsumers = 256, kThreads = kConsumers + 128;
+  static constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
+  static_assert(kConsumers * kConsumerRegisters + 128 * kProducerRegisters <= 65536);
+  static constexpr int kTokenStage = kTokens * 2 * kHopperStep;
+  static constexpr int kWeightStage = kHopperRows * kHopperStep * (kDense ? 4 : 1) / 2;
+  static constexpr int kTable = kDense ? 0 : 256 * 16 * 8;
+  static constexpr int kMap = kDense ? 0 : 256 * 4;
+  static constexpr int kShared =
+      kStages * (kTokenStage + kWeightStage) + kTable + kMap + 2 * kStages * 8;
+  static_assert(kShared <= 227 * 1024);
+
+  struct Fragments {  // as schedule.cuh stores partial results
+    static constexpr int kThreads = kConsumers, kRowTiles = kHalves, kTokenTiles = 16;
+    static constexpr int kPartial = kHopperRows * kTokens;
+  };
+};
+
+struct HopperArguments {
+  TensorMap token_map, weight_map, left_map;
+  Scales scales;
+  const void* bias;
+  void* y;
+  float* partial;
+  const void* right;  // b [n, r]
+  int64_t m, n, k;
+  Schedule schedule;
+  int64_t row_tiles, token_tiles;
+  int k_steps;  // the rest of a tile's steps are ranks
+  int r, right_dtype, log2_block, format;
+};
+
+// The numbers below weigh bytes and operations; none was measured.
+//
+// Fewer tokens go to linear_tile.cu: 64 columns of a 128-column product would stand idle.
+constexpr int64_t kHopperTokens = 65;
+// From here on weights are dequantized first. That moves 2.5 bytes a weight: 5.9e-13 s at 4.3 TB/s,
+// against M * 2.5e-15 s for its products at 790 TFLOP/s, so 5.6 % at M = 4096. What it saves: of
+// each 512 clocks that a warpgroup's step of 256 tokens keeps the tensor cores busy, shared memory
+// serves wgmma for 256; decoding adds up to 192 (128 for 64 table look-ups of 8 bytes a lane, 64
+// for the words), the dense way only 64 (rows of weights).
+constexpr int64_t kDenseTokens = 4096;
+// Tiles of 128 tokens decode each weight twice as often, and then shared memory (128 + 192 of 256
+// clocks) is the limit: 1.25 times slower a token. They win where they leave fewer tokens empty.
+inline bool wants_halves(int64_t m) {
+  const int64_t one = (m + 127) / 128 * 128, two = (m + 255) / 256 * 256;
+  return one * 5 < two * 4;
+}
+
+// Calls `body(T(), HopperTile())` for the kernel that takes the problem.
+template <typename Body>
+auto with_hopper_tile(const Matmul& p, bool dense, const Body& body) {
+  const auto by_tile = [&](auto element) {
+    if (wants_halves(p.m)) {
+      if (dense) return body(element, HopperTile<1, true, 6>());
+      return body(element, HopperTile<1, false, 8>());
+    }
+    if (dense) return body(element, HopperTile<2, true, 4>());
+    return body(element, HopperTile<2, false, 5>());
+  };
+  return p.dtype == NF4_FLOAT16 ? by_tile(__half()) : by_tile(__nv_bfloat16());
+}
+
+inline bool fused_takes(const nf4_weight& w) {
+  return is_4bit(w.format) && w.block_size >= kHopperStep && w.k % kHopperStep == 0 &&
+         aligned16(w.packed);
+}
+
+// The extra steps of K for LoRA, 32 ranks each, and the ranks that s is padded to.
+inline int up_steps(const Up& up) { return (up.r + 31) / 32; }
+inline int padded_ranks(const Up& up) { return (up.r + 15) / 16 * 16; }
+
+}  // namespace nf4::cuda

@@ -1,0 +1,208 @@
+// y = x W^T on Hopper's warpgroup tensor cores (sm_90a), for more tokens than linear_tile.cu likes.
+//
+// wgmma with the weights as the 64-row operand and tokens as the columns; two warpgroups, 128 rows
+// and 128 or 256 tokens a CTA. One producer thread keeps a ring of stages filled by TMA, a step of
+// 64 elements of K each. Weights come in two ways:
+// - fused: the bytes of nf4 or fp4. Each warp decodes its 16 rows into A fragments in registers
+//   while the products of the step before are under way. Scales cannot multiply the sums here (a
+//   second set of accumulators does not fit beside 128 registers), so they multiply the decoded
+//   codes: in float32 and rounded once, which gives exactly the weights that dequantize writes.
+// - dense: 16-bit weights that dequantize wrote to workspace. For so many tokens that a launch over
+//   the weight pays, and for every format, block size and k that the fused way does not take.
+// LoRA's up-projection is a few more steps of K at the end of a tile: s as two 16-bit parts by TMA,
+// b as two parts in registers, and of their four products the three that matter.
+#include "hopper_loop.cuh"
+#include "shared.cuh"
+#include "tensor_map.cuh"
+
+namespace nf4::cuda {
+namespace {
+
+template <typename T, typename S>
+__global__ void __launch_bounds__(S::kThreads, 1)
+    hopper_tile_kernel(const __grid_constant__ HopperArguments p) {
+#if defined(NF4_HOPPER_CODE)
+  Carve carve;
+  unsigned char* tokens = carve.take<unsigned char>(S::kStages * S::kTokenStage, 1024);
+  unsigned char* weights = carve.take<unsigned char>(S::kStages * S::kWeightStage, 1024);
+  auto* table = carve.take<float>(S::kTable / 4, 128);
+  auto* map = carve.take<float>(S::kMap / 4);
+  auto* full = carve.take<Mbarrier>(2 * S::kStages);
+  Mbarrier* empty = full + S::kStages;
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < S::kStages; ++i) {
+      mbarrier_init(full + i, 1);
+      mbarrier_init(empty + i, S::kConsumers / 32);
+    }
+    mbarrier_init_done();
+  }
+  if constexpr (!S::kDense) {
+    for (int i = threadIdx.x; i < S::kTable / 16; i += S::kThreads) {
+      const int byte = i / 8;
+      const float first = kCodes4[p.format][byte >> 4], second = kCodes4[p.format][byte & 15];
+      reinterpret_cast<float4*>(table)[i] = make_float4(first, second, first, second);
+    }
+    for (int i = threadIdx.x; i < S::kMap / 4; i += S::kThreads) map[i] = kCodes8[0][i];
+  }
+  __syncthreads();
+
+  if (threadIdx.x < S::kConsumers) {
+    take_registers<S::kConsumerRegisters>();
+    consume<T, S>(p, tokens, weights, reinterpret_cast<const unsigned char*>(table), map, full,
+                  empty);
+  } else {
+    give_registers<S::kProducerRegisters>();
+    if (threadIdx.x == S::kConsumers) produce<S>(p, tokens, weights, full, empty);
+  }
+#endif
+}
+
+// Sums the partial results of one tile in CTA order.
+template <typename T, typename S>
+__global__ void __launch_bounds__(S::kConsumers)
+    hopper_sum_kernel(const __grid_constant__ HopperArguments p) {
+#if defined(NF4_HOPPER_CODE)
+  float acc[S::kHalves][16][4] = {};
+  const int64_t tile = blockIdx.x;
+  const Place place(p, tile, S::kTokens);
+  if (sum_partials<typename S::Fragments>(acc, p.schedule, p.partial, tile, place.token, p.m)) {
+    store_tile<T>(acc, p, place);
+  }
+#endif
+}
+
+// s [m, r] in float -> for each 16 ranks, the high 16-bit parts of s * scaling and the low ones.
+template <typename T>
+__global__ void __launch_bounds__(256)
+    hopper_split_kernel(const float* __restrict__ s, uint32_t* __restrict__ out, int64_t m, int r,
+                        int padded, float scaling) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
+  const int64_t token = i / (padded / 2);
+  if (token >= m) return;
+  const auto pair = static_cast<int>(i % (padded / 2));
+  const auto value = [&](int rank) { return rank < r ? s[token * r + rank] * scaling : 0.0f; };
+  uint32_t* to = out + token * padded + pair / 8 * 16 + pair % 8;
+  split2<T>(value(2 * pair), value(2 * pair + 1), to[0], to[8]);
+}
+
+bool goes_dense(const Matmul& p) { return p.m >= kDenseTokens || !fused_takes(p.weight); }
+
+// Workspace: weights (rows padded to 16), the parts of s, partial results.
+struct Workspace {
+  size_t weights, left, partial;
+
+  size_t total() const { return weights + left + partial; }
+};
+
+template <typename S>
+Schedule hopper_schedule(const Matmul& p) {
+  const int64_t row_tiles = (p.weight.n + kHopperRows - 1) / kHopperRows;
+  const int64_t token_tiles = (p.m + S::kTokens - 1) / S::kTokens;
+  const int64_t k_steps = (p.weight.k + kHopperStep - 1) / kHopperStep;
+  return make_long_schedule(row_tiles * token_tiles, k_steps + up_steps(p.up));
+}
+
+template <typename S>
+Workspace workspace_of(const Matmul& p) {
+  const auto rounded = [](int64_t bytes) { return static_cast<size_t>((bytes + 255) / 256 * 256); };
+  const Schedule s = hopper_schedule<S>(p);
+  const int64_t rows = (p.weight.n + 15) / 16 * 16;
+  return {S::kDense ? rounded(rows * p.weight.k * 2) : 0,
+          up_steps(p.up) == 0 ? 0 : rounded(p.m * padded_ranks(p.up) * 4),
+          s.whole_tiles ? 0 : 2 * s.ctas * sizeof(float) * S::Fragments::kPartial};
+}
+
+// The tensor maps of a problem; a CUDA status.
+template <typename S>
+int encode_maps(const Matmul& p, const void* dense, const void* left, HopperArguments* a) {
+  const auto m = static_cast<uint64_t>(p.m), n = static_cast<uint64_t>(p.weight.n);
+  const auto k = static_cast<uint64_t>(p.weight.k);
+  int status = encode({p.in, 2, 2, {k, m}, {k * 2}, {kHopperStep, S::kTokens}, Swizzle::k128},
+                      &a->token_map);
+  if (status != 0) return status;
+  if (S::kDense) {
+    // Of each 16 rows first the even, then the odd ones: the permutation of `Place`.
+    status = encode({dense,
+                     2,
+                     4,
+                     {k, 8, 2, (n + 15) / 16},
+                     {k * 4, k * 2, k * 32},
+                     {kHopperStep, 8, 2, kHopperRows / 16},
+                     Swizzle::k128},
+                    &a->weight_map);
+  } else {
+    status = encode(
+        {p.weight.packed, 1, 2, {k / 2, n}, {k / 2}, {kHopperStep / 2, kHopperRows}, Swizzle::k32},
+        &a->weight_map);
+  }
+  if (status != 0 || left == nullptr) return status;
+  const auto columns = static_cast<uint64_t>(2 * padded_ranks(p.up));
+  return encode({left, 2, 2, {columns, m}, {columns * 2}, {kHopperStep, S::kTokens}, Swizzle::k128},
+                &a->left_map);
+}
+
+}  // namespace
+
+bool hopper_forward_takes(const Matmul& p) {
+#if defined(NF4_SM90A) || defined(NF4_EMULATE)
+  const nf4_weight& w = p.weight;
+  if (device().compute_capability != 90 || p.m < kHopperTokens) return false;
+  if (p.dtype != NF4_FLOAT16 && p.dtype != NF4_BFLOAT16) return false;
+  // TMA wants rows of x (and of dense weights) at multiples of 16 bytes, coordinates are 32-bit.
+  constexpr int64_t kMost = int64_t{1} << 31;
+  return w.n > 0 && w.k > 0 && w.k % 8 == 0 && aligned16(p.in) &&
+         reinterpret_cast<uintptr_t>(p.out) % 4 == 0 && p.m < kMost && w.n < kMost && w.k < kMost;
+#else
+  static_cast<void>(p);
+  return false;
+#endif
+}
+
+size_t hopper_forward_workspace(const Matmul& p) {
+  return with_hopper_tile(p, goes_dense(p), [&](auto, auto tile) -> size_t {
+    return workspace_of<decltype(tile)>(p).total();
+  });
+}
+
+int hopper_forward(const Matmul& p, void* workspace, cudaStream_t stream) {
+  return with_hopper_tile(p, goes_dense(p), [&](auto element, auto tile) -> int {
+    using T = decltype(element);
+    using S = decltype(tile);
+    const nf4_weight& w = p.weight;
+    const Workspace parts = workspace_of<S>(p);
+    auto* base = static_cast<unsigned char*>(workspace);
+    void* left = parts.left == 0 ? nullptr : base + parts.weights;
+    HopperArguments a = {};
+    int status = encode_maps<S>(p, base, left, &a);
+    if (status != 0) return status;
+    a.scales = scales_of(w);
+    a.bias = p.bias;
+    a.y = p.out;
+    a.partial = reinterpret_cast<float*>(base + parts.weights + parts.left);
+    a.right = p.up.right;
+    a.m = p.m, a.n = w.n, a.k = w.k;
+    a.schedule = hopper_schedule<S>(p);
+    a.row_tiles = (w.n + kHopperRows - 1) / kHopperRows;
+    a.token_tiles = (p.m + S::kTokens - 1) / S::kTokens;
+    a.k_steps = static_cast<int>((w.k + kHopperStep - 1) / kHopperStep);
+    a.r = p.up.r, a.right_dtype = p.up.right_dtype;
+    a.log2_block = log2_of(w.block_size), a.format = w.format;
+
+    if (S::kDense) status = nf4_cuda_dequantize(&w, w.n * w.k, base, p.dtype, stream);
+    if (status == 0 && left != nullptr) {
+      const int padded = padded_ranks(p.up);
+      const auto blocks = static_cast<unsigned>((p.m * padded / 2 + 255) / 256);
+      status = launch(hopper_split_kernel<T>, dim3(blocks), dim3(256), 0, stream, p.up.left,
+                      static_cast<uint32_t*>(left), p.m, p.up.r, padded, p.up.scaling);
+    }
+    if (status != 0) return status;
+    status = launch(hopper_tile_kernel<T, S>, dim3(a.schedule.ctas), dim3(S::kThreads), S::kShared,
+                    stream, a);
+    if (status != 0 || a.schedule.whole_tiles) return status;
+    return launch(hopper_sum_kernel<T, S>, dim3(static_cast<unsigned>(a.schedule.tiles)),
+                  dim3(S::kConsumers), 0, stream, a);
+  });
+}
+
+}  // namespace nf4::cuda

@@ -1,0 +1,209 @@
+// wgmma on a CPU. Each warp computes its 16 rows, at the wait that ends their group and not before:
+// until then the accumulators are NaN and poisoned, and fragments and shared memory are read as
+// they are at that wait. The four warps of a warpgroup must ask for the same products.
+#include "hopper.h"
+
+namespace nf4::emulation {
+
+namespace {
+
+constexpr int kColumns = 128;
+
+WarpProducts& products() { return async_state().warps[g_thread->id / 32]; }
+
+// Row `row` of a matrix of 16 columns in shared memory, as the PTX ISA describes matrices stored by
+// rows with a 128-byte swizzle: the address counts rows of 128 bytes in groups of 8, and its bits 4
+// to 6 are exclusive-ored with bits 7 to 9.
+struct SharedMatrix {
+  uint64_t descriptor;
+
+  size_t offset(int row, int byte) const {
+    const size_t start = (descriptor & 0x3fff) << 4, group = (descriptor >> 32 & 0x3fff) << 4;
+    const size_t linear = start + row / 8 * group + row % 8 * 128 + byte;
+    return linear ^ (linear >> 7 & 7) << 4;
+  }
+  uint16_t element(int row, int column) const {
+    uint16_t bits;
+    std::memcpy(&bits, g_arena + offset(row, 2 * column), 2);
+    return bits;
+  }
+  // False after a report of what a product may not read now.
+  bool check(int rows, int first_row) const {
+    if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) {
+      report("wgmma: only matrices with a 128-byte swizzle are emulated");
+      return false;
+    }
+    Thread* self = g_thread;
+    g_thread = &g_block->threads[self->id / 32 * 32];
+    for (int row = first_row; row < first_row + rows; ++row) {
+      for (int byte = 0; byte < 32; byte += 16) {
+        const unsigned char* p = g_arena + offset(row, byte);
+        const char* what = check_async_operand(p, 16);
+        if (what != nullptr) {
+          report("wgmma of warp %d reads bytes: %s", self->id / 32, what);
+          g_thread = self;
+          return false;
+        }
+        checker_access(p, 16, false, __builtin_return_address(0));
+      }
+    }
+    g_thread = self;
+    return true;
+  }
+};
+
+bool check_operands(const Product& p) {
+  return SharedMatrix{p.b_matrix}.check(kColumns, 0) &&
+         (p.a[0] != nullptr || SharedMatrix{p.a_matrix}.check(16, g_thread->id / 32 % 4 * 16));
+}
+
+void compute(const Product& p, WarpProducts& warp) {
+  if (!check_operands(p)) return;
+  static float a[16][16], b[16][kColumns], d[16][kColumns];
+  for (int lane = 0; lane < 32; ++lane) {
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4 && p.a[lane] != nullptr; ++i) {
+      for (int e = 0; e < 2; ++e) {
+        a[g + i % 2 * 8][2 * t + e + i / 2 * 8] = element(p.a[lane][i], e, p.is_bf16);
+      }
+    }
+    const auto& held = warp.in_flight.at(p.d[lane]);
+    for (int i = 0; i < 64; ++i) d[g + i % 4 / 2 * 8][i / 4 * 8 + 2 * t + i % 2] = held[i];
+  }
+  if (p.a[0] == nullptr) {
+    const int first = g_thread->id / 32 % 4 * 16;
+    for (int row = 0; row < 16; ++row) {
+      for (int k = 0; k < 16; ++k) {
+        a[row][k] = element(SharedMatrix{p.a_matrix}.element(first + row, k), 0, p.is_bf16);
+      }
+    }
+  }
+  for (int column = 0; column < kColumns; ++column) {
+    for (int k = 0; k < 16; ++k) {
+      b[k][column] = element(SharedMatrix{p.b_matrix}.element(column, k), 0, p.is_bf16);
+    }
+  }
+  for (int row = 0; row < 16; ++row) {
+    for (int k = 0; k < 16; ++k) {
+      for (int column = 0; column < kColumns; ++column) d[row][column] += a[row][k] * b[k][column];
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    const int g = lane / 4, t = lane % 4;
+    auto& held = warp.in_flight.at(p.d[lane]);
+    for (int i = 0; i < 64; ++i) held[i] = d[g + i % 4 / 2 * 8][i / 4 * 8 + 2 * t + i % 2];
+  }
+}
+
+bool is_in_flight(const WarpProducts& warp, const float* d) {
+  const auto uses = [d](const Product& p) {
+    for (const float* own : p.d) {
+      if (own == d) return true;
+    }
+    return false;
+  };
+  for (const Product& p : warp.open) {
+    if (uses(p)) return true;
+  }
+  for (const auto& group : warp.groups) {
+    for (const Product& p : group) {
+      if (uses(p)) return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace
+
+void wgmma_fence(void* const (&)[32]) { products().fenced = true; }
+
+void wgmma(void* const (&payload)[32]) {
+  WarpProducts& warp = products();
+  Product p = {};
+  const Wgmma& first = *static_cast<const Wgmma*>(payload[0]);
+  p.a_matrix = first.a_matrix;
+  p.b_matrix = first.b_matrix;
+  p.is_bf16 = first.is_bf16;
+  for (int lane = 0; lane < 32; ++lane) {
+    const Wgmma& w = *static_cast<const Wgmma*>(payload[lane]);
+    p.d[lane] = w.d;
+    p.a[lane] = w.a;
+    if (w.a_matrix != p.a_matrix || w.b_matrix != p.b_matrix) {
+      report("wgmma: lanes of a warp name different matrices");
+    }
+  }
+  if (!warp.fenced) report("wgmma of warp %d without wgmma.fence", g_thread->id / 32);
+  auto& sequence = async_state().sequences[g_thread->id / 128];
+  if (warp.issued == sequence.size()) sequence.push_back(p);
+  if (!sequence[warp.issued++].same_operands(p)) {
+    report("wgmma: warps of a warpgroup ask for different products");
+  }
+  check_operands(p);
+  for (float* d : p.d) {
+    if (warp.in_flight.count(d) != 0) continue;
+    std::memcpy(warp.in_flight[d].data(), d, 64 * sizeof(float));
+    std::memset(d, 0xff, 64 * sizeof(float));
+    poison(d, 64 * sizeof(float));
+  }
+  warp.open.push_back(p);
+}
+
+void wgmma_commit(void* const (&)[32]) {
+  WarpProducts& warp = products();
+  warp.groups.push_back(std::move(warp.open));
+  warp.open.clear();
+}
+
+void wgmma_wait(void* const (&payload)[32]) {
+  WarpProducts& warp = products();
+  const auto pending = static_cast<size_t>(*static_cast<const int*>(payload[0]));
+  while (warp.groups.size() > pending) {
+    const std::vector<Product> group = std::move(warp.groups.front());
+    warp.groups.erase(warp.groups.begin());
+    for (const Product& p : group) compute(p, warp);
+    for (const Product& p : group) {
+      for (float* d : p.d) {
+        const auto it = warp.in_flight.find(d);
+        if (it == warp.in_flight.end() || is_in_flight(warp, d)) continue;
+        unpoison(d, 64 * sizeof(float));
+        std::memcpy(d, it->second.data(), 64 * sizeof(float));
+        warp.in_flight.erase(it);
+      }
+    }
+  }
+  warp.fenced = false;  // the kernel may touch registers now
+}
+
+bool products_read(const unsigned char* p, size_t bytes) {
+  const auto overlaps = [&](uint64_t descriptor, int rows) {
+    const unsigned char* begin = g_arena + ((descriptor & 0x3fff) << 4) / 128 * 128;
+    return p < begin + rows * 128 && begin < p + bytes;
+  };
+  const auto reads = [&](const Product& product) {
+    return overlaps(product.b_matrix, kColumns) ||
+           (product.a[0] == nullptr && overlaps(product.a_matrix, 64));
+  };
+  for (const WarpProducts& warp : async_state().warps) {
+    for (const Product& product : warp.open) {
+      if (reads(product)) return true;
+    }
+    for (const auto& group : warp.groups) {
+      for (const Product& product : group) {
+        if (reads(product)) return true;
+      }
+    }
+  }
+  return false;
+}
+
+void finish_products() {
+  const AsyncState& state = async_state();
+  for (size_t i = 0; i < state.warps.size(); ++i) {
+    if (!state.warps[i].in_flight.empty()) report("warp %zu never waited for its wgmma", i);
+    if (state.warps[i].issued != state.sequences[i / 4].size()) {
+      report("warp %zu asked for fewer wgmma than others of its warpgroup", i);
+    }
+  }
+}
+
+}  // namespace nf4::emulation
