@@ -127,3 +127,61 @@ class LinearLora(torch.autograd.Function):
             db if needs_db else None,
             *(None,) * 7,
         )
+
+
+_PER_MEMBER = 7  # tensors: the weight's four, bias, A, B
+_FIXED = 7  # arguments before them
+
+
+class LinearLoraGroup(torch.autograd.Function):
+    """``LinearLora`` for members that share x: one output each, one gradient of x.
+
+    Takes x, the seeds, plain values, and then each member's packed, absmax, nested_absmax, offset,
+    bias, A and B. Saved for the backward besides these: x, each S, and the seeds.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        seeds: Tensor | None,
+        scalings: tuple[float, ...],
+        dropout_p: float,
+        block_size: int,
+        format: int,
+        namespace: str,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        columns = [list(tensors[i::_PER_MEMBER]) for i in range(_PER_MEMBER)]
+        *weights, bias, a, b = columns
+        lora = (a, b, list(scalings), dropout_p, seeds)
+        ys, ss = _ops(namespace).linear_lora_group(x, *weights, bias, *lora, block_size, format)
+        flat = (t for column in (*weights, a, b) for t in column)
+        ctx.save_for_backward(x, seeds, *ss, *flat)
+        ctx.scalings, ctx.dropout_p = scalings, dropout_p
+        ctx.layout, ctx.namespace = (block_size, format), namespace
+        ctx.bias_dtypes = tuple(None if t is None else t.dtype for t in bias)
+        return tuple(ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_ys: Tensor) -> tuple[Tensor | None, ...]:
+        count = len(grad_ys)
+        x, seeds, *saved = ctx.saved_tensors
+        ss, *weights, a, b = (list(saved[i * count : (i + 1) * count]) for i in range(7))
+        needs = ctx.needs_input_grad[_FIXED:]
+        needs_bias, needs_a, needs_b = (needs[i::_PER_MEMBER] for i in (4, 5, 6))
+        needs_dx, needs_dab = ctx.needs_input_grad[0], any(needs_a) or any(needs_b)
+        dx, das, dbs = None, [None] * count, [None] * count
+        if needs_dx or needs_dab:
+            lora = (a, b, list(ctx.scalings), ctx.dropout_p, seeds)
+            dx, das, dbs = _ops(ctx.namespace).linear_lora_group_backward(
+                list(grad_ys), x, ss, *weights, *lora, *ctx.layout, needs_dx, needs_dab
+            )
+        out: list[Tensor | None] = [dx if needs_dx else None]
+        out += [None] * (_FIXED - 1)
+        for i in range(count):
+            dbias = _bias_grad(grad_ys[i], ctx.bias_dtypes[i]) if needs_bias[i] else None
+            out += [None, None, None, None, dbias]
+            out += [das[i] if needs_a[i] else None, dbs[i] if needs_b[i] else None]
+        return tuple(out)

@@ -144,12 +144,45 @@ def _prepare_bias(op: str, bias: Tensor | None, n: int, x: Tensor) -> Tensor | N
     return bias if bias.dtype is x.dtype else bias.to(x.dtype)
 
 
-def _check_seed(op: str, seed: Tensor, device: torch.device) -> None:
-    if seed.dtype is not torch.int64 or seed.shape != (1,) or seed.device != device:
+def _check_adapter(op: str, x: Tensor, q: QuantizedTensor, lora_a: Tensor, lora_b: Tensor) -> None:
+    n, k = q.shape
+    if lora_a.dim() != 2 or lora_a.shape[1] != k:
+        raise ValueError(f"{op}: lora_a must have shape [r, {k}], got {list(lora_a.shape)}")
+    r = lora_a.shape[0]
+    if lora_b.shape != (n, r):
+        raise ValueError(f"{op}: lora_b must have shape [{n}, {r}], got {list(lora_b.shape)}")
+    if lora_a.dtype is not lora_b.dtype:
+        raise TypeError(
+            f"{op}: lora_a and lora_b must have one dtype, got {lora_a.dtype} and {lora_b.dtype}"
+        )
+    if not lora_a.is_floating_point():
+        raise TypeError(f"{op}: lora_a must be a floating-point tensor, got {lora_a.dtype}")
+    if lora_a.device != x.device or lora_b.device != x.device:
         raise ValueError(
-            f"{op}: seed must be int64 [1] on {device}, "
+            f"{op}: lora_a and lora_b must be on {x.device} like x, "
+            f"got {lora_a.device} and {lora_b.device}"
+        )
+
+
+def _check_dropout(op: str, dropout_p: float) -> None:
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+
+
+def _prepare_seed(
+    op: str, name: str, seed: Tensor | None, count: int, dropout_p: float, device: torch.device
+) -> Tensor | None:
+    """The seeds of ``count`` dropout masks: drawn where none is given, None without dropout."""
+    if dropout_p == 0.0:
+        return None
+    if seed is None:
+        return torch.randint(2**63 - 1, (count,), device=device)
+    if seed.dtype is not torch.int64 or seed.shape != (count,) or seed.device != device:
+        raise ValueError(
+            f"{op}: {name} must be int64 [{count}] on {device}, "
             f"got {seed.dtype} {list(seed.shape)} on {seed.device}"
         )
+    return seed
 
 
 def _records_grad(*tensors: Tensor | None) -> bool:
@@ -194,34 +227,13 @@ def linear_lora(
     """
     op = "nf4.linear_lora"
     x = _prepare_x(op, x, q)
-    n, k = q.shape
-    if lora_a.dim() != 2 or lora_a.shape[1] != k:
-        raise ValueError(f"{op}: lora_a must have shape [r, {k}], got {list(lora_a.shape)}")
-    r = lora_a.shape[0]
-    if lora_b.shape != (n, r):
-        raise ValueError(f"{op}: lora_b must have shape [{n}, {r}], got {list(lora_b.shape)}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
-    if lora_a.dtype is not lora_b.dtype:
-        raise TypeError(
-            f"{op}: lora_a and lora_b must have one dtype, got {lora_a.dtype} and {lora_b.dtype}"
-        )
-    if not lora_a.is_floating_point():
-        raise TypeError(f"{op}: lora_a must be a floating-point tensor, got {lora_a.dtype}")
-    if lora_a.device != x.device or lora_b.device != x.device:
-        raise ValueError(
-            f"{op}: lora_a and lora_b must be on {x.device} like x, "
-            f"got {lora_a.device} and {lora_b.device}"
-        )
+    n = q.shape[0]
+    _check_adapter(op, x, q, lora_a, lora_b)
+    _check_dropout(op, dropout_p)
     bias = _prepare_bias(op, bias, n, x)
     if not training:
         dropout_p = 0.0
-    if dropout_p > 0.0 and seed is None:
-        seed = torch.randint(2**63 - 1, (1,), device=x.device)
-    elif dropout_p == 0.0:
-        seed = None
-    elif seed is not None:
-        _check_seed(op, seed, x.device)
+    seed = _prepare_seed(op, "seed", seed, 1, dropout_p, x.device)
     namespace = backends.namespace()
     lora = (lora_a, lora_b, float(scaling), dropout_p, seed)
     if _records_grad(x, lora_a, lora_b, bias):
@@ -236,16 +248,58 @@ def linear_lora_group(
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     scalings: Sequence[float],
+    biases: Sequence[Tensor | None] | None = None,
+    dropout_p: float = 0.0,
+    *,
+    training: bool = True,
+    seeds: Tensor | None = None,
 ) -> list[Tensor]:
-    """``linear_lora`` for several weights that share x (q/k/v, gate/up), in the given order.
+    """``linear_lora`` for several weights that share x (q/k/v, gate/up): the y of each, in order.
 
-    Each is a call of its own for now, whatever the backend.
+    One call reads x once: x ``[..., K]``, qs[i] ``[N_i, K]``, lora_as[i] ``[r_i, K]``, lora_bs[i]
+    ``[N_i, r_i]``, biases[i] ``[N_i]`` or None, ys[i] ``[..., N_i]`` in x's dtype. N and r may
+    differ; block size, format and the adapters' dtype must not. Every member has a dropout mask of
+    its own, that of ``linear_lora(..., seed=seeds[i : i + 1])``; ``seeds`` is int64 ``[members]``
+    on x's device, None draws them. Differentiable in x and in every adapter and bias; on the
+    reference and cpu backends all results equal those of separate calls bit for bit. Raises
+    ValueError or TypeError for what does not fit, naming the member.
     """
-    sizes = {len(qs), len(lora_as), len(lora_bs), len(scalings)}
-    if len(sizes) != 1:
+    op = "nf4.linear_lora_group"
+    members = len(qs)
+    biases = [None] * members if biases is None else biases
+    if members == 0 or {len(lora_as), len(lora_bs), len(scalings), len(biases)} != {members}:
         raise ValueError(
-            "nf4.linear_lora_group: qs, lora_as, lora_bs and scalings must have one length, "
-            f"got {len(qs)}, {len(lora_as)}, {len(lora_bs)} and {len(scalings)}"
+            f"{op}: qs, lora_as, lora_bs, scalings and biases must have one length of at least 1, "
+            f"got {members}, {len(lora_as)}, {len(lora_bs)}, {len(scalings)} and {len(biases)}"
         )
-    groups = zip(qs, lora_as, lora_bs, scalings, strict=True)
-    return [linear_lora(x, q, a, b, scaling) for q, a, b, scaling in groups]
+    _check_dropout(op, dropout_p)
+    added: list[Tensor | None] = []
+    given = x
+    for i, (q, a, b) in enumerate(zip(qs, lora_as, lora_bs, strict=True)):
+        where = f"{op}: member {i}"
+        x = _prepare_x(where, given, q)
+        _check_adapter(where, x, q, a, b)
+        added.append(_prepare_bias(where, biases[i], q.shape[0], x))
+        if (q.block_size, q.format) != (qs[0].block_size, qs[0].format):
+            raise ValueError(
+                f"{where} must have block size {qs[0].block_size} and format {qs[0].format!r} like "
+                f"member 0, got {q.block_size} and {q.format!r}"
+            )
+        if a.dtype is not lora_as[0].dtype:
+            raise TypeError(
+                f"{where} must have adapters of {lora_as[0].dtype} like member 0, got {a.dtype}"
+            )
+    if not training:
+        dropout_p = 0.0
+    seeds = _prepare_seed(op, "seeds", seeds, members, dropout_p, x.device)
+    namespace, layout = backends.namespace(), qs[0].layout
+    scales = tuple(float(scaling) for scaling in scalings)
+    if _records_grad(x, *lora_as, *lora_bs, *added):
+        tensors = zip((q.tensors for q in qs), added, lora_as, lora_bs, strict=True)
+        flat = [t for weight, *rest in tensors for t in (*weight, *rest)]
+        ys = autograd.LinearLoraGroup.apply(x, seeds, scales, dropout_p, *layout, namespace, *flat)
+        return list(ys)
+    weights = [list(parts) for parts in zip(*(q.tensors for q in qs), strict=True)]
+    lora = (list(lora_as), list(lora_bs), list(scales), dropout_p, seeds)
+    ys, _ = getattr(torch.ops, namespace).linear_lora_group(x, *weights, added, *lora, *layout)
+    return list(ys)

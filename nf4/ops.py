@@ -18,6 +18,9 @@ Conventions shared by all schemas:
   flattened x is kept when word ``e % 4`` of ``Philox4x32-10(key=seed, counter=e // 4)`` is at
   least ``round(dropout_p * 2**32)``, and is then multiplied by ``1 / (1 - dropout_p)``. The key is
   (low, high) 32 bits of the seed, the counter (low, high) 32 bits of ``e // 4``, then two zeros.
+* ``linear_lora_group`` is ``linear_lora`` for members that share x and its columns, the block size,
+  the format, ``dropout_p`` and the adapters' dtype; N and r may differ. Lists have one entry for
+  each member. ``seeds`` is int64 ``[members]``: every member has a mask of its own.
 * ``adamw_step`` updates many parameters in one launch; ``nf4.optim.adamw`` states its arithmetic.
 """
 
@@ -32,6 +35,8 @@ from torch import Tensor
 _WEIGHT = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? offset"
 _LAYOUT = "int block_size, int format"
 _LORA = "Tensor lora_a, Tensor lora_b, float scaling, float dropout_p, Tensor? seed"
+_WEIGHTS = "Tensor[] packed, Tensor[] absmax, Tensor?[] nested_absmax, Tensor?[] offset"
+_LORAS = "Tensor[] lora_a, Tensor[] lora_b, float[] scaling, float dropout_p, Tensor? seeds"
 
 SCHEMAS: dict[str, str] = {
     "quantize": f"(Tensor x, {_LAYOUT}) -> (Tensor packed, Tensor absmax)",
@@ -51,6 +56,14 @@ SCHEMAS: dict[str, str] = {
     "linear_lora_backward": (
         f"(Tensor grad_y, Tensor x, Tensor s, {_WEIGHT}, {_LORA}, {_LAYOUT}, "
         "bool needs_dx, bool needs_dab) -> (Tensor dx, Tensor da, Tensor db)"
+    ),
+    "linear_lora_group": (
+        f"(Tensor x, {_WEIGHTS}, Tensor?[] bias, {_LORAS}, {_LAYOUT}) -> (Tensor[] ys, Tensor[] ss)"
+    ),
+    # dx is the sum over the members.
+    "linear_lora_group_backward": (
+        f"(Tensor[] grad_ys, Tensor x, Tensor[] ss, {_WEIGHTS}, {_LORAS}, {_LAYOUT}, "
+        "bool needs_dx, bool needs_dab) -> (Tensor dx, Tensor[] das, Tensor[] dbs)"
     ),
     # One list entry per parameter, all contiguous and on one device. state1 and state2 are uint8
     # codes with absmax float32 [ceil(numel / 256)], or float32 moments with an empty absmax.
@@ -209,6 +222,56 @@ def _linear_lora_backward(
     return dx, da, db
 
 
+def _linear_lora_group(
+    x: Tensor,
+    packed: list[Tensor],
+    absmax: list[Tensor],
+    nested_absmax: list[Tensor | None],
+    offset: list[Tensor | None],
+    bias: list[Tensor | None],
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    scaling: list[float],
+    dropout_p: float,
+    seeds: Tensor | None,
+    block_size: int,
+    format: int,
+) -> tuple[list[Tensor], list[Tensor]]:
+    _check_float("linear_lora_group", "x", x)
+    for a in lora_a:
+        _check_features("linear_lora_group", "x", x, a.shape[1])
+    s_dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    return (
+        [x.new_empty((*x.shape[:-1], b.shape[0])) for b in lora_b],
+        [x.new_empty((*x.shape[:-1], a.shape[0]), dtype=s_dtype) for a in lora_a],
+    )
+
+
+def _linear_lora_group_backward(
+    grad_ys: list[Tensor],
+    x: Tensor,
+    ss: list[Tensor],
+    packed: list[Tensor],
+    absmax: list[Tensor],
+    nested_absmax: list[Tensor | None],
+    offset: list[Tensor | None],
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    scaling: list[float],
+    dropout_p: float,
+    seeds: Tensor | None,
+    block_size: int,
+    format: int,
+    needs_dx: bool,
+    needs_dab: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    return (
+        x.new_empty(x.shape if needs_dx else (0,)),
+        [a.new_empty(a.shape if needs_dab else (0,)) for a in lora_a],
+        [b.new_empty(b.shape if needs_dab else (0,)) for b in lora_b],
+    )
+
+
 def _adamw_step(
     params: list[Tensor],
     grads: list[Tensor],
@@ -234,6 +297,8 @@ _FAKES: dict[str, Callable] = {
     "linear_backward": _linear_backward,
     "linear_lora": _linear_lora,
     "linear_lora_backward": _linear_lora_backward,
+    "linear_lora_group": _linear_lora_group,
+    "linear_lora_group_backward": _linear_lora_group_backward,
     "adamw_step": _adamw_step,
 }
 

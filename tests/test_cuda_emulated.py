@@ -21,7 +21,15 @@ sys.path.insert(0, str(HERE))
 
 from cuda_on_cpu import build  # noqa: E402
 
-OPS = ("quantize", "dequantize", "double_quantize", "linear", "linear_lora", "cuda_tiles")
+OPS = (
+    "quantize",
+    "dequantize",
+    "double_quantize",
+    "linear",
+    "linear_lora",
+    "linear_lora_group",
+    "cuda_tiles",
+)
 REASON = build.missing()
 needs_emulation = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 

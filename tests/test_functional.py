@@ -342,18 +342,3 @@ class TestQuantize:
         with pytest.raises(ValueError, match="must be finite") as error:
             nf4.quantize(weight)
         assert f"{bad} at index [{row}, {column}]" in str(error.value)
-
-
-def test_group_equals_single_calls(backend: str, device: torch.device) -> None:
-    """Weights that share x: the same numbers as one call each, and one error for all lists."""
-    x = torch.randn(3, K, device=device)
-    qs = [nf4.quantize(torch.randn(n, K, device=device)) for n in (24, 8, 8)]
-    lora_as = [torch.randn(R, K, device=device) for _ in qs]
-    lora_bs = [torch.randn(q.shape[0], R, device=device) for q in qs]
-    scalings = [0.5, 1.0, 2.0]
-    group = nf4.linear_lora_group(x, qs, lora_as, lora_bs, scalings)
-    single = [nf4.linear_lora(x, *one) for one in zip(qs, lora_as, lora_bs, scalings, strict=True)]
-    for ours, theirs in zip(group, single, strict=True):
-        torch.testing.assert_close(ours, theirs)
-    with pytest.raises(ValueError, match=r"must have one length, got 3, 3, 3 and 2"):
-        nf4.linear_lora_group(x, qs, lora_as, lora_bs, scalings[:2])

@@ -9,6 +9,7 @@ import torch
 from cases import DTYPES, Matmul, op
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import nf4
 from nf4 import formats
@@ -37,6 +38,9 @@ def arguments(
     a, b = torch.randn(4, case.k, device=device), torch.randn(case.n, 4, device=device)
     lora = (a, b, 0.5, 0.25, torch.tensor([7], device=device))
     out = torch.empty(case.n, case.k, dtype=dtype, device=device)
+    pair = [[t, t] for t in weight]
+    loras = ([a, a], [b, b], [0.5, 2.0], 0.25, torch.tensor([7, 8], device=device), *layout)
+    ss = [torch.randn(2, 3, 4, device=device) for _ in range(2)]
     return {
         "quantize": (x, *layout),
         "double_quantize": (torch.rand(300, device=device),),
@@ -49,12 +53,17 @@ def arguments(
             *(grad_y, x, torch.randn(2, 3, 4, device=device), *weight, *lora, *layout),
             *(True, True),
         ),
+        "linear_lora_group": (x, *pair, [bias, None], *loras),
+        "linear_lora_group_backward": (
+            *([grad_y, torch.randn_like(grad_y)], x, ss, *pair, *loras),
+            *(True, True),
+        ),
     }[name]
 
 
 def outputs(result: Any) -> list[Tensor]:
-    """The tensors that an op returned."""
-    return [result] if isinstance(result, Tensor) else list(result or [])
+    """The tensors that an op returned or takes, out of lists too."""
+    return [t for t in tree_leaves(result) if isinstance(t, Tensor)]
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -81,7 +90,7 @@ def test_fake_kernels_agree(
     args = arguments(name, device, dtype)
     real = outputs(op(name)(*args))
     with FakeTensorMode() as mode:
-        fake_args = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
+        fake_args = tree_map_only(Tensor, mode.from_tensor, args)
         fake = outputs(op(name)(*fake_args))
     assert len(fake) == len(real)
     for f, r in zip(fake, real, strict=True):
@@ -95,7 +104,7 @@ def test_fake_backward_leaves_out_what_is_not_needed(
     args = (*arguments("linear_lora_backward", device)[:-2], *needs)
     real = op("linear_lora_backward")(*args)
     with FakeTensorMode() as mode:
-        fake_args = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
+        fake_args = tree_map_only(Tensor, mode.from_tensor, args)
         fake = op("linear_lora_backward")(*fake_args)
     for f, r in zip(fake, real, strict=True):
         assert (f.shape, f.dtype) == (r.shape, r.dtype)
@@ -105,7 +114,7 @@ def test_fake_backward_leaves_out_what_is_not_needed(
 def test_outputs_share_no_memory(name: str, backend: str, device: torch.device) -> None:
     """Every output is a new tensor: a view of an input would change under the caller."""
     args = arguments(name, device)
-    inside = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
+    inside = {a.untyped_storage().data_ptr() for a in outputs(args)}
     for out in outputs(op(name)(*args)):
         assert out.untyped_storage().data_ptr() not in inside
 

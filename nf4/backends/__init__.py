@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nf4.backends import cpu, cuda, reference, triton
+from nf4.backends import composed, cpu, cuda, reference, triton
 from nf4.ops import BACKENDS, LIBRARIES, SCHEMAS
 
 ORDER: tuple[ModuleType, ...] = (cpu, cuda, triton, reference)
@@ -92,7 +92,8 @@ def _no_backend(op: str, device: torch.device) -> str:
 
 
 def _device(args: tuple[Any, ...]) -> torch.device:
-    return next(a.device for a in args if isinstance(a, Tensor))
+    first = args[0] if isinstance(args[0], list) else args
+    return next(a.device for a in first if isinstance(a, Tensor))
 
 
 def _run(implementation: Callable, device: torch.device, args: tuple[Any, ...]) -> Any:
@@ -107,11 +108,22 @@ def _run(implementation: Callable, device: torch.device, args: tuple[Any, ...]) 
         return implementation(*args)
 
 
+def _implementation(module: ModuleType, op: str) -> Callable | None:
+    """A backend's own Python implementation of an op, or the one made of its other ops."""
+    own: Callable | None = getattr(module, op, None)
+    if own is not None or op not in composed.__all__:
+        return own
+    return partial(getattr(composed, op), getattr(torch.ops, f"nf4_{module.NAME}"))
+
+
 def _fallback(op: str, *args: Any) -> Any:
     device = _device(args)
     for module in ORDER:
-        if module.unsupported(device) is None and hasattr(module, op):
-            return _run(getattr(module, op), device, args)
+        if module.unsupported(device) is not None:
+            continue
+        implementation = _implementation(module, op)
+        if implementation is not None:
+            return _run(implementation, device, args)
     raise RuntimeError(_no_backend(op, device))
 
 
@@ -122,7 +134,7 @@ def _forced(module: ModuleType, op: str, *args: Any) -> Any:
         raise RuntimeError(
             f"nf4.{op}: backend {module.NAME!r} cannot run on {device.type!r}: {reason}"
         )
-    implementation: Callable | None = getattr(module, op, None)
+    implementation = _implementation(module, op)
     if implementation is None:
         raise RuntimeError(f"nf4.{op}: backend {module.NAME!r} does not implement it")
     return _run(implementation, device, args)
