@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -136,13 +136,9 @@ class Layer:
 
     @cached_property
     def qs(self) -> list[nf4.QuantizedTensor]:
-        """Copies of ``q`` in memory of their own."""
+        """Equal weights in memory of their own, placed there as ``quantize`` places them."""
         count = self.bench.copies(self.q.nbytes)
-        copies = [
-            replace(self.q, packed=self.q.packed.clone(), absmax=self.q.absmax.clone())
-            for _ in range(count - 1)
-        ]
-        return [self.q, *copies]
+        return [self.q, *(nf4.quantize(self.source, BLOCK_SIZE) for _ in range(count - 1))]
 
     @cached_property
     def w32(self) -> Tensor:

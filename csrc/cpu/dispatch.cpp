@@ -1,4 +1,8 @@
 // Chooses the instruction set at run time, and owns what all of them share: threads and scratch.
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -115,6 +119,18 @@ void* scratch(int64_t bytes) {
 void* shared_scratch(int64_t bytes) {
   thread_local Buffer buffer;
   return buffer.reserve(bytes);
+}
+
+void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  // Only pages that lie in the buffer as a whole: its neighbours in memory stay as they are.
+  const auto begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
+  const auto end =
+      (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
+  // Advice: where it is refused, small pages serve.
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 }  // namespace nf4::cpu

@@ -75,7 +75,7 @@ void dot_block(const uint8_t* packed,              // kDotColumns rows of depth 
     }
     for (int i = 0; i < kDotColumns; ++i) {
       const float* of_chunk = scales + i * scale_stride + (first >> block_shift);
-      const F scale = find(lookup16(of_chunk), scale_of_lane);
+      const F scale = find4(of_chunk, scale_of_lane);
       for (int r = 0; r < kRows; ++r) total[i][r] = fma(sum[i][r], scale, total[i][r]);
     }
     x += kRows * kWords;
@@ -115,7 +115,7 @@ void dot_rows(const Product& p, const uint32_t* x, int64_t column, int64_t colum
   const auto codes = Math::codes(format_of(weight.format));
   const int64_t row_bytes = p.depth / 2, blocks = p.depth >> weight.block_shift;
   const int64_t block_mask = (int64_t{1} << weight.block_shift) - 1;
-  const int64_t scale_stride = blocks + 16;  // what lookup16 reads past the last
+  const int64_t scale_stride = blocks + 4;  // what find4 reads past the last
   int32_t lane_scales[kWidth];
   for (int i = 0; i < kWidth; ++i) lane_scales[i] = (8 * i) >> weight.block_shift;
   const I scale_of_lane = load_dwords(lane_scales);
@@ -128,13 +128,9 @@ void dot_rows(const Product& p, const uint32_t* x, int64_t column, int64_t colum
       for (int64_t j = 0; j < kDotColumns; ++j) {
         const int64_t row_block = (column + i + j) * blocks;
         float* out = scales + j * scale_stride;
-        int64_t b = first_block;
-        for (; b + kWidth <= end_block; b += kWidth, out += kWidth) {
-          read_scales(weight, row_block + b, out);
-        }
-        for (; b < end_block; ++b) *out++ = block_scale(weight, row_block + b);
+        read_scales(weight, row_block + first_block, end_block - first_block, out);
         // The lanes past a short last chunk multiply zeros by these; stale memory may hold NaN.
-        std::memset(out, 0, 16 * sizeof(float));
+        std::memset(out + end_block - first_block, 0, 4 * sizeof(float));
       }
       float sums[kDotColumns][kRows];
       dot_block<Math, kRows>(weight.packed + (column + i) * row_bytes + first / 2, row_bytes, depth,

@@ -1,6 +1,7 @@
 // Matmul operands: dense or quantized matrices that are read, decoded and converted in pieces.
 #pragma once
 
+#include "byte_planes.h"
 #include "dequantize.h"
 #include "dropout.h"
 

@@ -63,6 +63,24 @@ inline void read_scales(const Weight& w, int64_t block, float* out) {
   store(out, add(mul(codes, broadcast(w.nested_absmax[nested])), broadcast(w.offset)));
 }
 
+// out[0..count) = the scales of blocks [block, block + count).
+inline void read_scales(const Weight& w, int64_t block, int64_t count, float* out) {
+  int64_t i = 0;
+#if NF4_ISA >= NF4_ISA_AVX512_BF16
+  // Groups of kWidth that start at a multiple of it share a nested block.
+  for (; !w.absmax && block % kWidth == 0 && i + 64 <= count; i += 64) {
+    F values[4];
+    look_up(kSignedPlanes, w.codes + block + i, values);
+    for (int j = 0; j < 4; ++j) {
+      const F by = broadcast(w.nested_absmax[(block + i + j * kWidth) >> kNestedShift]);
+      store(out + i + j * kWidth, add(mul(values[j], by), broadcast(w.offset)));
+    }
+  }
+#endif
+  for (; i + kWidth <= count; i += kWidth) read_scales(w, block + i, out + i);
+  for (; i < count; ++i) out[i] = block_scale(w, block + i);
+}
+
 // dst[i * stride + r] = the scale of block first + i of row `row + r`, r < kWidth. Rows from `rows`
 // on get zeros.
 inline void load_scales(const Operand& b, int64_t row, int64_t rows, int64_t first, int64_t count,

@@ -95,6 +95,9 @@ inline F find(const Lookup16& t, I index) {
   const F upper = _mm256_permutevar8x32_ps(t.upper, index);
   return _mm256_blendv_ps(lower, upper, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
 }
+inline F find4(const float* table, I lane) {
+  return _mm256_permutevar_ps(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(table)), lane);
+}
 inline F gather(const float* table, I index) { return _mm256_i32gather_ps(table, index, 4); }
 inline F lookup256(const float* table, I index) { return gather(table, index); }
 inline I load_bytes(const uint8_t* p) {

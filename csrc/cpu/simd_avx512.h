@@ -78,6 +78,9 @@ struct Lookup16 {
 };
 inline Lookup16 lookup16(const float* table) { return {_mm512_loadu_ps(table)}; }
 inline F find(const Lookup16& t, I index) { return _mm512_permutexvar_ps(index, t.values); }
+inline F find4(const float* table, I lane) {
+  return _mm512_permutexvar_ps(lane, _mm512_broadcast_f32x4(_mm_loadu_ps(table)));
+}
 inline F gather(const float* table, I index) { return _mm512_i32gather_ps(index, table, 4); }
 // table[index] for 8-bit indices: 8 lookups of 32 entries and 7 blends take half as long as a
 // gather.

@@ -86,6 +86,8 @@ inline F gather(const float* table, I i) {
   return F{table[i[0]], table[i[1]], table[i[2]], table[i[3]]};
 }
 // table[index] for 8-bit indices.
+// table[index] of 4 entries.
+inline F find4(const float* table, I index) { return gather(table, index); }
 inline F lookup256(const float* table, I index) { return gather(table, index); }
 inline I load_bytes(const uint8_t* p) { return I{p[0], p[1], p[2], p[3]}; }
 

@@ -158,9 +158,9 @@ void stream(const Product& p, int64_t n, const Fn& finish) {
     Arranged<Math>::fill(p, x);
   }
   const int64_t row_bytes = p.depth / 2;
-  // Dots need two rows of scales, each with room for lookup16 to read past the last.
+  // Dots need two rows of scales, each with room for find4 to read past the last.
   const int64_t scale_count =
-      (p.depth >> p.b.weight->block_shift) * max(kStreamColumns, kDotColumns) + kDotColumns * 16;
+      (p.depth >> p.b.weight->block_shift) * max(kStreamColumns, kDotColumns) + kDotColumns * 4;
   // Long tasks: each starts with a group of rows that nothing has fetched yet.
   const int64_t tiles = ceil_div(n, kTaskColumns);
   const int64_t tiles_each = max(1, min(8, tiles / (4 * threads())));

@@ -157,13 +157,20 @@ Tensor like(const Tensor& x, int64_t last, std::optional<ScalarType> dtype = std
   return torch::stable::new_empty(x, sizes, dtype);
 }
 
+// A new tensor whose memory may be large.
+Tensor new_large(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  Tensor t = torch::stable::new_empty(like, sizes, dtype);
+  nf4::cpu::prefer_huge_pages(t.mutable_data_ptr(),
+                              t.numel() * static_cast<int64_t>(t.element_size()));
+  return t;
+}
+
 std::tuple<Tensor, Tensor> quantize(Tensor x, int64_t block_size, int64_t format) {
   const char* op = "quantize";
   const Dense in(op, "x", x);
   const int shift = shift_of(op, block_size);
   const int64_t numel = x.numel();
-  Tensor packed = torch::stable::new_empty(
-      x, std::vector<int64_t>{packed_bytes(is_four_bit(op, format), numel), 1}, ScalarType::Byte);
+  Tensor packed = new_large(x, {packed_bytes(is_four_bit(op, format), numel), 1}, ScalarType::Byte);
   Tensor absmax = torch::stable::new_empty(x, std::vector<int64_t>{ceil_div(numel, block_size)},
                                            ScalarType::Float);
   nf4::cpu::kernels().quantize(in.matrix(), numel, shift, static_cast<int>(format),
@@ -208,7 +215,7 @@ Tensor dequantize(Tensor packed, Tensor absmax, Maybe nested, Maybe offset,
                   std::vector<int64_t> shape, int64_t block_size, int64_t format,
                   ScalarType dtype) {
   dtype_of("dequantize", "dtype", dtype);
-  Tensor out = torch::stable::new_empty(packed, shape, dtype);
+  Tensor out = new_large(packed, shape, dtype);
   dequantize_out(packed, absmax, nested, offset, block_size, format, out);
   return out;
 }
