@@ -65,8 +65,13 @@ void accumulate(const Product& p, int64_t row, int64_t rows, int64_t column, int
   const bool direct = p.a.dense.dtype == kDTypeOf<Element> && p.a.dropout.multiplier == 0.0f &&
                       p.depth % Math::kDepth == 0;
   const int64_t block = p.short_chains || p.rows < kTileRows ? 32 : Math::kBlock;
+  const bool by_groups = p.transposed && has_row_groups(p.b);
+  const int64_t span = by_groups ? kScaleBlocks << p.b.weight->block_shift : p.depth;
   for (int64_t first = 0; first < p.depth; first += block) {
     const int64_t depth = min(block, p.depth - first);
+    if (by_groups && first % span == 0) {
+      pack_scales(p.b, column, columns, first, min(span, p.depth - first), w);
+    }
     const int64_t steps = ceil_div(depth, Math::kDepth);
     const Element* a = static_cast<const Element*>(p.a.dense.data) + row * p.depth + first;
     int64_t lda = p.depth;
@@ -81,7 +86,10 @@ void accumulate(const Product& p, int64_t row, int64_t rows, int64_t column, int
     for (int64_t i = 0; i < columns; i += kPanelColumns) {
       const int64_t width = min(kPanelColumns, columns - i);
       if (p.transposed) {
-        pack_transposed(p.b, column + i, width, first, depth, w);
+        const float* scales =
+            by_groups ? w.scales + (first % span >> p.b.weight->block_shift) * kTaskColumns + i
+                      : nullptr;
+        pack_transposed(p.b, column + i, width, first, depth, scales, w);
       } else {
         pack_rows(p.b, column + i, width, first, depth, w);
       }

@@ -9,12 +9,14 @@ namespace {
 constexpr int kPanelColumns = kTileVectors * kWidth;
 constexpr int kTaskColumns = 2 * kPanelColumns > 64 ? 2 * kPanelColumns : 64;
 constexpr int64_t kTaskRows = 512;
+constexpr int64_t kScaleBlocks = 64;  // of each row whose scales are decoded at once
 
 // Memory of one task, inside its thread's scratch.
 template <class Math>
 struct Workspace {
   static constexpr int kRowStride = kSteps<Math> + 16;  // off the power of two: L1 set conflicts
   alignas(64) float c[kTaskRows * kTaskColumns];
+  alignas(64) float scales[kScaleBlocks * kTaskColumns];
   alignas(64) uint32_t panel[kSteps<Math> * kPanelColumns];
   alignas(64) uint32_t rows[kWidth * kRowStride];
   alignas(64) uint32_t a[kTaskRows * kSteps<Math>];
@@ -87,21 +89,26 @@ inline void load_scales(const Operand& b, int64_t row, int64_t rows, int64_t fir
                         float* dst, int64_t stride) {
   const Weight& w = *b.weight;
   const int64_t row_blocks = b.columns >> w.block_shift;
-  for (int64_t i = 0; i < count; i += kWidth) {
-    const int64_t n = min(kWidth, count - i);
-    alignas(64) float staged[kWidth * kWidth] = {}, turned[kWidth * kWidth];
+  alignas(64) float staged[kWidth * kScaleBlocks] = {};
+  for (int64_t i = 0; i < count; i += kScaleBlocks) {
+    const int64_t n = min(kScaleBlocks, count - i);
     for (int64_t r = 0; r < min(rows, kWidth); ++r) {
       const int64_t block = (row + r) * row_blocks + first + i;
-      float* out = staged + r * kWidth;
-      if (n == kWidth) {
-        read_scales(w, block, out);
-      } else {
-        for (int64_t j = 0; j < n; ++j) out[j] = block_scale(w, block + j);
+      read_scales(w, block, n, staged + r * kScaleBlocks);
+    }
+    for (int64_t j = 0; j < n; j += kWidth) {
+      const auto* in = reinterpret_cast<const uint32_t*>(staged + j);
+      auto* out = reinterpret_cast<uint32_t*>(dst + (i + j) * stride);
+      if (j + kWidth <= n) {
+        transpose(in, kScaleBlocks, out, stride);
+        continue;
+      }
+      alignas(64) uint32_t turned[kWidth * kWidth];
+      transpose(in, kScaleBlocks, turned, kWidth);
+      for (int64_t t = 0; t < n - j; ++t) {
+        std::memcpy(out + t * stride, turned + t * kWidth, kWidth * sizeof *out);
       }
     }
-    transpose(reinterpret_cast<const uint32_t*>(staged), kWidth,
-              reinterpret_cast<uint32_t*>(turned), kWidth);
-    for (int64_t j = 0; j < n; ++j) store(dst + (i + j) * stride, load(turned + j * kWidth));
   }
 }
 
@@ -109,21 +116,19 @@ inline void load_scales(const Operand& b, int64_t row, int64_t rows, int64_t fir
 // which is a quarter to an eighth of the data.
 template <class Math>
 void pack_row_groups(const Operand& b, int64_t column, int64_t columns, int64_t first,
-                     int64_t depth, Workspace<Math>& w) {
+                     int64_t depth, const float* scales, Workspace<Math>& w) {
   const Lookup16 codes = lookup16(format_of(b.weight->format).codes);
-  constexpr int64_t kSmallestBlock = 32;
   const int shift = b.weight->block_shift;
-  const int64_t first_block = first >> shift, last_block = (first + depth - 1) >> shift;
+  const int64_t first_block = first >> shift;
   alignas(64) uint32_t nibbles[kWidth * kWidth];
-  alignas(64) float scales[(Math::kBlock / kSmallestBlock + 1) * kWidth];
   for (int64_t group = 0; group < columns; group += kWidth) {
     const int64_t rows = columns - group;
-    load_scales(b, column + group, rows, first_block, last_block - first_block + 1, scales, kWidth);
     for (int64_t chunk = 0; chunk < depth; chunk += kChunk) {
       load_nibbles(b, column + group, rows, first + chunk, depth - chunk, Math::kBlock / 2,
                    nibbles);
       for (int64_t d = 0; d < min(kWidth, (depth - chunk) / 8); ++d) {
-        const F scale = load(scales + (((first + chunk + 8 * d) >> shift) - first_block) * kWidth);
+        const int64_t block = ((first + chunk + 8 * d) >> shift) - first_block;
+        const F scale = load(scales + block * kTaskColumns + group);
         const I lanes = load_dwords(nibbles + d * kWidth);
         uint32_t* out = w.panel + (chunk + 8 * d) / Math::kDepth * kPanelColumns + group;
         for (int e = 0; e < 8; e += Math::kDepth) {
@@ -135,11 +140,26 @@ void pack_row_groups(const Operand& b, int64_t column, int64_t columns, int64_t 
   }
 }
 
+// w.scales[block][column] = those of all blocks that hold some of depth [first, first + depth), at
+// most kScaleBlocks, for columns [column, column + columns) of a B with row groups.
+template <class Math>
+void pack_scales(const Operand& b, int64_t column, int64_t columns, int64_t first, int64_t depth,
+                 Workspace<Math>& w) {
+  const int shift = b.weight->block_shift;
+  const int64_t first_block = first >> shift;
+  const int64_t count = ((first + depth - 1) >> shift) - first_block + 1;
+  for (int64_t group = 0; group < columns; group += kWidth) {
+    load_scales(b, column + group, columns - group, first_block, count, w.scales + group,
+                kTaskColumns);
+  }
+}
+
 // Rows [column, column + columns) of B, depth [first, first + depth), as panel[step][column].
+// scales: from pack_scales, of the first column and block, where B has row groups.
 template <class Math>
 void pack_transposed(const Operand& b, int64_t column, int64_t columns, int64_t first,
-                     int64_t depth, Workspace<Math>& w) {
-  if (has_row_groups(b)) return pack_row_groups(b, column, columns, first, depth, w);
+                     int64_t depth, const float* scales, Workspace<Math>& w) {
+  if (scales) return pack_row_groups(b, column, columns, first, depth, scales, w);
   const int64_t steps = ceil_div(depth, Math::kDepth), padded = round_up(steps, kWidth);
   for (int64_t group = 0; group < columns; group += kWidth) {
     for (int64_t i = 0; i < kWidth; ++i) {
