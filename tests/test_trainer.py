@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,10 @@ def test_load_best_model_at_end(folder: Path, tmp_path: Path) -> None:
     assert stored.keys() == now.keys() and all(torch.equal(stored[k], now[k]) for k in now)
 
 
-def test_torch_compile(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_torch_compile(folder: Path, tmp_path: Path, backend: str) -> None:
+    if backend == "inductor" and not (torch.cuda.is_available() or shutil.which("g++")):
+        pytest.skip("inductor: no C++ compiler")
     plain = make(load(folder), tmp_path, save_strategy="no", max_steps=2)
     plain.train()
     torch._dynamo.reset()
@@ -184,7 +188,7 @@ def test_torch_compile(folder: Path, tmp_path: Path) -> None:
         save_strategy="no",
         max_steps=2,
         torch_compile=True,
-        torch_compile_backend="aot_eager",
+        torch_compile_backend=backend,
     )
     compiled.train()
     for step, loss in losses(plain).items():

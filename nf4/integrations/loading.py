@@ -49,13 +49,17 @@ class Quantize(_Operation):
                 tensors = module.quantize(leaf, weight)
             else:
                 assert isinstance(module, QuantizedWeight)
-                tensors = weight_tensors(module, _quantize(module, weight))
+                tensors = weight_tensors(module, quantize_for(module, weight))
         except (TypeError, ValueError) as error:
             return self.hf_quantizer.postpone(name, error, missing_keys)
         return _named(path, module, tensors, model, missing_keys)
 
 
-def _quantize(module: QuantizedWeight, weight: Tensor) -> QuantizedTensor:
+def quantize_for(module: QuantizedWeight, weight: Tensor) -> QuantizedTensor:
+    """``weight``, as a 16-bit checkpoint has it, quantized as ``module`` stores it.
+
+    Raises ValueError for a shape that does not fit and for NaN or infinite elements.
+    """
     if isinstance(module, NF4Linear) and module.fan_in_fan_out:
         weight = weight.T
     if weight.shape != module.weight_shape:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,8 +24,8 @@ from nf4.nn.weight import QuantizedWeight
 _EXPERT_KEY = re.compile(r"(?P<experts>.*\bexperts)\.\d+\.(?P<matrix>gate|up|down)_proj\.weight")
 
 
-def in_model_names(found: Checkpoint, model: Any) -> Checkpoint:
-    """``found`` under the names of the model's own parameters, renamed as the loader will."""
+def to_model_names(model: Any) -> Callable[[str], str]:
+    """The name of the model's own parameter that the loader will put a checkpoint's key into."""
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
@@ -39,6 +39,12 @@ def in_model_names(found: Checkpoint, model: Any) -> Checkpoint:
             return f"{expert['experts']}.{fused}"
         return name
 
+    return rename
+
+
+def in_model_names(found: Checkpoint, model: Any) -> Checkpoint:
+    """``found`` under the names of the model's own parameters, renamed as the loader will."""
+    rename = to_model_names(model)
     weights: dict[str, Tensor] = {}
     quantized: dict[str, list[StoredWeight]] = {}
     for key, tensor in found.weights.items():

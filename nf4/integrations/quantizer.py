@@ -178,7 +178,7 @@ class NF4Quantizer(HfQuantizer):
             c for c in model._weight_conversions or () if not loading.is_ours(c)
         ] + self._replaced_conversions
         if not self.pre_quantized:
-            model.config.quantization_config = self._stored_config(model)
+            model.config.quantization_config = self.stored_config(model)
         if not isinstance(self.quantization_config, NF4Config) and importable("bitsandbytes"):
             # Scripts written for bitsandbytes look at this. transformers imports bitsandbytes
             # wherever it is set (num_parameters, so every step of a Trainer).
@@ -187,7 +187,7 @@ class NF4Quantizer(HfQuantizer):
 
     # Saving.
 
-    def _stored_config(self, model: Any) -> Any:
+    def stored_config(self, model: Any) -> Any:
         """The configuration that is saved: bitsandbytes' own where it can load the result."""
         if not isinstance(self.quantization_config, NF4Config):
             own = any(isinstance(m, NF4Experts) for m in model.modules())

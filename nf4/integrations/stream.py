@@ -11,11 +11,17 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from nf4 import functional
 from nf4.config import NF4Config
-from nf4.lora.prepare import kept_16bit
+from nf4.integrations.loading import quantize_for
+from nf4.integrations.placing import to_model_names
+from nf4.integrations.quantizer import NF4Quantizer
+from nf4.integrations.saving import expert_keys
+from nf4.nn import NF4Experts
+from nf4.nn.experts import MATRICES
+from nf4.nn.weight import QuantizedWeight
 
 SHARD_BYTES = 256 * 2**20
 _INDEX = "model.safetensors.index.json"
@@ -29,40 +35,83 @@ def quantize_checkpoint(
     *,
     on_tensor: Callable[[str], object] = lambda name: None,
 ) -> dict[str, int]:
-    """Quantize the linear weights of the checkpoint ``source`` into the empty folder ``target``.
+    """Quantize the checkpoint ``source`` into the empty folder ``target``.
 
-    Peak memory is one tensor and one output shard of at most ``SHARD_BYTES`` (or one tensor, if
-    larger), whatever the model's size. ``target`` loads in transformers with nf4 or, for the 4-bit
-    formats, with bitsandbytes. Other files (tokenizer, generation config) are copied. Returns the
-    bytes read and written. Raises ValueError for NaN or infinite weights, naming the tensor.
+    What is quantized, and how, is what ``from_pretrained(source, quantization_config=config)``
+    would do. Peak memory is one tensor and one output shard of at most ``SHARD_BYTES`` (or one
+    tensor, if larger), whatever the model's size. ``target`` loads in transformers with nf4 and,
+    where it has 4-bit linear layers only, with bitsandbytes. Other files (tokenizer, generation
+    config) are copied. Returns the bytes read and written. Raises ValueError for NaN or infinite
+    weights, naming the tensor.
     """
     files = _tensor_files(source)
-    linear = _linear_weights(source, config)
+    model, stored = _planned(source, files, config, dtype)
+    rename = to_model_names(model)
     writer = _ShardWriter(target)
     read = 0
-    for name, tensor in _tensors(files):
+    for key, tensor in _tensors(files):
         read += tensor.nbytes
-        if name in linear:
-            for key, value in _quantized(name, tensor.to(dtype), config).items():
-                writer.add(key, value)
-        else:
-            writer.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
-        on_tensor(name)
+        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        try:
+            parts = _parts(model, rename(key), key, tensor, config)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from error
+        for name, value in parts.items():
+            writer.add(name, value)
+        on_tensor(key)
     writer.finish()
     _copy_the_rest(source, target)
     settings = json.loads((source / "config.json").read_text())
-    settings["quantization_config"] = _quantization_config(config, linear, dtype)
+    settings["quantization_config"] = stored
     settings["dtype"] = str(dtype).removeprefix("torch.")
     (target / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     return {"read": read, "written": writer.total}
 
 
-def _quantized(name: str, weight: Tensor, config: NF4Config) -> dict[str, Tensor]:
+def _planned(
+    source: Path, files: dict[str, Path], config: NF4Config, dtype: torch.dtype
+) -> tuple[Any, dict[str, Any]]:
+    """The model on "meta" with quantized modules in place, and its configuration to save."""
+    import transformers
+
+    model_config = transformers.AutoConfig.from_pretrained(source)
+    (name, *_) = model_config.architectures or [""]
+    kind: Any = getattr(transformers, name, None)
+    with torch.device("meta"):
+        if kind is not None:
+            model = kind._from_config(model_config, dtype=dtype)
+        else:
+            model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+    quantizer = NF4Quantizer(config, pre_quantized=False)
+    quantizer.update_dtype(dtype)
+    weights = [str(file) for file in dict.fromkeys(files.values())]
+    quantizer._process_model_before_weight_loading(model, checkpoint_files=weights)
+    return model, quantizer.stored_config(model).to_dict()
+
+
+def _parts(model: Any, name: str, key: str, tensor: Tensor, config: NF4Config) -> dict[str, Tensor]:
+    """What the checkpoint holds for the tensor ``key``, which is ``name`` in the model."""
+    path, _, leaf = name.rpartition(".")
     try:
-        q = functional.quantize(weight, config.block_size, config.double_quant, config.format)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    return q.state_dict(name)
+        module = model.get_submodule(path)
+    except AttributeError:  # a tensor that the model has no use for
+        module = None
+    if isinstance(module, QuantizedWeight) and leaf == "weight":
+        if name in model.all_tied_weights_keys:  # stored once, as the table of the embeddings
+            return {}
+        return quantize_for(module, tensor).state_dict(key)
+    if not isinstance(module, NF4Experts) or leaf not in MATRICES:
+        return {key: tensor}
+    if tensor.dim() == 2:  # one matrix of one expert
+        q = functional.quantize(tensor, config.block_size, config.double_quant, config.format)
+        return q.state_dict(key)
+    keys = expert_keys(model, path)[leaf]
+    parts: dict[str, Tensor] = {}
+    for expert, fused in enumerate(tensor):
+        for one, matrix in zip(keys, fused.chunk(len(keys)), strict=True):
+            q = functional.quantize(matrix, config.block_size, config.double_quant, config.format)
+            parts.update(q.state_dict(one.format(expert)))
+    return parts
 
 
 def _tensor_files(source: Path) -> dict[str, Path]:
@@ -86,42 +135,6 @@ def _tensors(files: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             for name in (n for n, p in files.items() if p == path):
                 yield name, file.get_tensor(name)
-
-
-def _linear_weights(source: Path, config: NF4Config) -> set[str]:
-    """Names of the weights to quantize: those of the model's ``nn.Linear`` layers."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
-    keeps = kept_16bit(model, config)
-    return {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and not keeps(name)
-    }
-
-
-def _quantization_config(config: NF4Config, linear: set[str], dtype: torch.dtype) -> dict[str, Any]:
-    """bitsandbytes' own description, so that it loads the result; nf4's for 8-bit weights."""
-    if config.format == "dynamic8":
-        return {
-            "quant_method": "nf4",
-            "format": config.format,
-            "block_size": config.block_size,
-            "double_quant": config.double_quant,
-            "modules_to_not_convert": config.modules_to_not_convert,
-        }
-    return {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": config.format,
-        "bnb_4bit_use_double_quant": config.double_quant,
-        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
-        "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": config.modules_to_not_convert,
-    }
 
 
 def _copy_the_rest(source: Path, target: Path) -> None:
