@@ -166,22 +166,26 @@ def _cost(launch: Launch) -> tuple[int, int]:
     return sum(tensors.values()), flops.get(launch.kernel.fn.__name__, 0)
 
 
-def measure(case: str, launch: Launch, arch: int) -> Row:
-    """Compile one launch for one architecture and read its machine code."""
+def compiled(launch: Launch, arch: int, fuse: bool | None = None) -> Any:
+    """What Triton makes of a launch; ``fuse`` overrides the launch's floating-point fusion."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    compiled = triton.compile(
-        _source(launch),
-        target=GPUTarget("cuda", arch, 32),
-        options={
-            "num_warps": launch.num_warps,
-            "num_stages": launch.num_stages,
-            "enable_fp_fusion": not launch.exact,
-        },
-    )
+    options = {
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        "enable_fp_fusion": not launch.exact if fuse is None else fuse,
+    }
+    return triton.compile(_source(launch), target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def measure(case: str, launch: Launch, arch: int) -> Row:
+    """Compile one launch for one architecture and read its machine code."""
+    import triton
+
+    kernel = compiled(launch, arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(kernel.asm["cubin"])
         file.flush()
         usage = _run(_tool("cuobjdump"), "--dump-resource-usage", file.name)
         sass = _run(_tool("cuobjdump"), "-sass", file.name)
@@ -204,7 +208,7 @@ def measure(case: str, launch: Launch, arch: int) -> Row:
         flops=flops,
         registers=int(registers.group(1)),
         spills=sum(bool(re.search(r"\b(?:STL|LDL)\b", t)) for t in texts),
-        shared=compiled.metadata.shared,
+        shared=kernel.metadata.shared,
         wide_accesses=sum(bool(re.search(wide, t)) for t in texts),
         tensor_core=" ".join(matrix),
         fused_multiply_adds=sum(bool(re.search(r"\b[FD]FMA\b", t)) for t in texts),

@@ -6,10 +6,16 @@ The table that these tests read is printed by ``python -m benchmarks.triton_stat
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+from test_adamw_step import hyper_tensor, random_arguments
+
+from nf4 import formats
 
 pytest.importorskip("triton")
 
@@ -66,6 +72,74 @@ def test_every_kernel_is_compiled(compiled: dict) -> None:
     }
     for arch in ARCHS:
         assert {row.kernel for row, _ in compiled[arch]} == names
+
+
+def exact_launches(arch: int) -> list[tuple[str, Any]]:
+    """(op, launch) of the ops whose bits are fixed: ragged float32 weights of every format."""
+    from nf4.backends import triton as ops
+    from nf4.backends.triton_launch import recording
+    from nf4.backends.tuning import Target
+
+    found: list[tuple[str, Any]] = []
+
+    def collect(op: str) -> None:
+        found.extend((op, launch) for launch in launches[len(found) :])
+
+    with recording(Target(arch, 100)) as launches:
+        weight = torch.empty(4097, 63, device="meta")
+        shape = list(weight.shape)
+        for fmt in (formats.NF4, formats.FP4, formats.DYNAMIC8):
+            packed, absmax = ops.quantize(weight, 64, fmt.id)
+            collect(f"quantize to {fmt.bits} bits")
+            ops.dequantize(packed, absmax, None, None, shape, 64, fmt.id, torch.bfloat16)
+            collect("dequantize")
+            nested = ops.double_quantize(absmax)
+            collect("double_quantize")
+            ops.dequantize(packed, *nested, shape, 64, fmt.id, torch.bfloat16)
+            collect("dequantize nested")
+        arguments = random_arguments((5000,), dtypes=(torch.float32,), bits=(8,))
+        arguments.call(ops.adamw_step, hyper_tensor(1), None, torch.zeros(1, dtype=torch.int64))
+        collect("adamw_step")
+    return found
+
+
+# Where products and sums fuse if the launch lets them: the nested scale, whose product must be
+# rounded before the offset is added, and the moments of AdamW. The bucket index of a 4-bit code
+# fuses too, to no effect: its factor is a power of two.
+FUSIBLE = {"dequantize nested", "adamw_step", "quantize to 4 bits"}
+
+
+@pytest.mark.parametrize("arch", [75, 90, 120])
+def test_exact_ops_round_every_step(arch: int, static: ModuleType) -> None:
+    """As they are launched they hold no fused multiply-add, and none that ptxas may make.
+
+    A PTX product or sum that names its rounding (``mul.rn``) is never contracted. Compiled with
+    fusion on, the same launches show which of them depend on being launched without it.
+    """
+    fused = set()
+    for op, launch in exact_launches(arch):
+        assert launch.exact, op
+        ptx = static.compiled(launch, arch).asm["ptx"]
+        assert re.search(r"\b(mul|add|sub|div)\.rn\.f(32|64)", ptx), op  # the search finds some
+        loose = re.findall(r"\b(?:fma\.|(?:mul|add|sub|div)\.(?!rn\.)(?:\w+\.)*f\d).*", ptx)
+        assert not loose, f"{op}: {loose[0]}"
+        if re.search(r"\bfma\.", static.compiled(launch, arch, fuse=True).asm["ptx"]):
+            fused.add(op)
+    assert fused == FUSIBLE
+
+
+def test_launches_set_the_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice is part of every launch, whatever the environment makes Triton's default."""
+    from nf4.backends import triton_launch
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda **options: seen.append(options["enable_fp_fusion"])
+
+    seen: list[bool] = []
+    for exact in (True, False):
+        triton_launch.launch(Kernel(), (1,), {}, torch.device("cpu"), exact=exact)
+    assert seen == [False, True]
 
 
 @pytest.mark.check
