@@ -46,6 +46,11 @@ SHARED_LIMIT = {
 SM_COUNT = {75: 40, 80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 
 
+# The configurations have no spill under this Triton. Under another one the compiler may still move
+# two registers to memory and back, outside of loops.
+TUNED_WITH = "3.9."
+SPILLS_ELSEWHERE = 4
+
 RESULTS = Path(__file__).parent / "results" / "triton_static.csv"
 DIM = 4096  # N and K of the default cases
 RANK = 16
@@ -223,10 +228,15 @@ def _run(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def allowed_spills(row: Row) -> int:
+    """Instructions on local memory that are no problem."""
+    return 0 if row.triton.startswith(TUNED_WITH) else SPILLS_ELSEWHERE
+
+
 def problems(row: Row, launch: Launch) -> list[str]:
     """What is wrong with a kernel, each in words."""
     found = []
-    if row.spills:
+    if row.spills > allowed_spills(row):
         found.append(f"{row.spills} instructions spill registers")
     if row.shared > SHARED_LIMIT[row.arch]:
         found.append(f"{row.shared} bytes of shared memory, {SHARED_LIMIT[row.arch]} exist")

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
     ],
 )
 def test_compiles(arch: int, dtype: torch.dtype, bits: int, stochastic: bool) -> None:
-    from benchmarks.triton_static import SM_COUNT, measure
+    from benchmarks.triton_static import SM_COUNT, allowed_spills, measure
     from nf4.backends import triton
     from nf4.backends.triton_launch import recording
     from nf4.backends.tuning import Target
@@ -38,7 +38,7 @@ def test_compiles(arch: int, dtype: torch.dtype, bits: int, stochastic: bool) ->
         args.call(triton.adamw_step, hyper_tensor(1), seed, torch.zeros(1, dtype=torch.int64))
     (launch,) = launches  # both parameters in one
     row = measure("adamw", launch, arch)
-    assert row.spills == 0
+    assert row.spills <= allowed_spills(row)
     # Loads of parameter, gradient and moments, and stores of what is written, where 16 bytes a
     # thread are eight 16-bit or four 32-bit elements. Eight codes are eight bytes.
     assert row.wide_accesses >= (3 if dtype is torch.bfloat16 else 6)

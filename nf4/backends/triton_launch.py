@@ -181,7 +181,8 @@ def repair_interpreter() -> None:
 
     Up to Triton 3.9 its casts to bfloat16 truncate instead of rounding to nearest even, casts from
     it get denormals wrong, and ``tl.dot`` multiplies the raw bits of bfloat16 operands. All three
-    are replaced, once a process.
+    are replaced, once a process. Triton 3.6 also takes scalars out of arrays by ``int``, which
+    NumPy 2.4 refuses.
     """
     from triton.language import bfloat16, float32
     from triton.runtime import interpreter
@@ -213,6 +214,13 @@ def repair_interpreter() -> None:
             return cast(self, src, dst_type)
         return convert(self, src, dst_type, rounding_mode)
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patched_tensor(tensor: Any, *rest: Any) -> None:
+        patch_tensor(tensor, *rest)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched_tensor
     builder.cast_impl = cast
     builder.create_fp_to_fp = fp_to_fp
     builder.create_dot = create_dot
