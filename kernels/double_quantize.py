@@ -2,8 +2,8 @@
 
 Per scale: 4 bytes read twice, 1 + 1/64 bytes written; one float64 addition and about 100
 instructions (sm_90, a static count), most of them the search among 255 thresholds. Every program
-of the second kernel also adds one float64 for each 256 scales there are. The sums run in float64 in the one order
-that nf4.formats fixes, so that every backend stores the same bits.
+of the second kernel also adds one float64 for each 256 scales there are. The sums run in float64
+in the one order that nf4.formats fixes, so that every backend stores the same bits.
 """
 
 import triton

@@ -2,10 +2,12 @@
 
 Per weight, nested and block size 64: 0.516 bytes read; 2.6 instructions to decode to 16 bits, by a
 static count, and 2 M flops on the tensor cores; 2 R M more flops a row of W for LoRA. Activations:
-2 M (K + N) bytes, and 8 M N a part of a split reduction (written and read once). Per row and block one scale: the product of a tile
-with the bare codes is scaled in float32, which is also closer to float64 than weights rounded to
-bfloat16 are. The transposed product W x^T puts weights on the wide side of the matrix
-instruction (16 or 64 rows) and tokens on the narrow one (8), so that decode wastes little.
+2 M (K + N) bytes, and 8 M N a part of a split reduction (written and read once).
+
+Per row and block one scale: the product of a tile with the bare codes is scaled in float32, which
+is also closer to float64 than weights rounded to bfloat16 are. The transposed product W x^T puts
+weights on the wide side of the matrix instruction (16 or 64 rows) and tokens on the narrow one (8),
+so that decode wastes little.
 """
 
 import triton

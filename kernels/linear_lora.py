@@ -1,10 +1,10 @@
 """LoRA's down-projection, and the matmul on 16-bit weights that carries a LoRA term.
 
 The down-projection reads x once for all adapters that share it (their A stacked by rows):
-2 M K + 4 R K bytes (adapters in float32), 8 M R a part of a split reduction, and 2 M R K flops; about
-60 instructions of Philox for four elements under dropout. The dense matmul reads a dequantized
-workspace: 2 (N K + M K + M N) bytes and 2 M N (K + R) flops; its LoRA term is R more columns of the
-reduction and no pass over the output.
+2 M K + 4 R K bytes (adapters in float32), 8 M R a part of a split reduction, and 2 M R K flops;
+about 60 instructions of Philox for four elements under dropout. The dense matmul reads a
+dequantized workspace: 2 (N K + M K + M N) bytes and 2 M N (K + R) flops; its LoRA term is R more
+columns of the reduction and no pass over the output.
 """
 
 import triton

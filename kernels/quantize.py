@@ -2,7 +2,7 @@
 
 Per element of a bfloat16 weight in a 4-bit format with block size 64: 2 bytes read, 0.5 bytes of
 codes and 1/16 bytes of scales written, 2.5625 in all; 24 instructions (sm_90, a static count:
-absmax 2, scaling 1, the bucket 3, its entry 4, packing 2, conversion, addresses and edges the rest).
+absmax 2, scaling 1, the bucket 3, its entry 4, packing 2, conversion and addresses the rest).
 """
 
 import triton
