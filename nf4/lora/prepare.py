@@ -10,6 +10,7 @@ from torch import nn
 
 from nf4.config import NF4Config
 from nf4.lora.config import LoraConfig, matches
+from nf4.lora.fuse import fuse_shared_inputs
 from nf4.nn.embedding import NF4Embedding
 from nf4.nn.experts import NF4Experts, is_fused_experts, unsupported_experts
 from nf4.nn.linear import Linear4bitLoRA, NF4Linear, is_conv1d
@@ -22,6 +23,7 @@ def prepare_model(
     lora: LoraConfig | Any | None = None,
     *,
     progress: bool = True,
+    fuse: bool = False,
 ) -> nn.Module:
     """Quantize the linear layers of ``model`` in place, one by one, and add LoRA adapters.
 
@@ -29,9 +31,12 @@ def prepare_model(
     ``Linear4bitLoRA`` where ``lora`` (an nf4 or peft ``LoraConfig``; None adds none) targets it;
     fused experts become ``NF4Experts``, and what ``quantization`` says of embeddings and head.
     Layers that are quantized already keep their bytes. All other parameters are frozen, but for
-    the biases that ``lora.bias`` names. Peak memory is the model's plus one layer. Returns
-    ``model``. Raises ValueError when ``lora`` targets nothing, for a tied head that is to be
-    quantized without its table, and for NaN or infinite weights, naming the module.
+    the biases that ``lora.bias`` names. ``fuse`` computes adapters that share an input (q/k/v and
+    gate/up of Llama, Mistral, Qwen 2 and Qwen 3) by one ``nf4.linear_lora_group`` call; names and
+    saved files stay the same, and the repr of a layer says where it does not apply. Peak memory is
+    the model's plus one layer. Returns ``model``. Raises ValueError when ``lora`` targets nothing,
+    for a tied head that is to be quantized without its table, and for NaN or infinite weights,
+    naming the module.
     """
     quantization = quantization or NF4Config()
     lora = None if lora is None else LoraConfig.coerce(lora)
@@ -56,6 +61,8 @@ def prepare_model(
         _quantize_embeddings(model, quantization)
     if lora is not None:
         train_biases(model, lora)
+    if fuse:
+        fuse_shared_inputs(model)
     return model
 
 

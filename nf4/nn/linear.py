@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nf4 import functional
+from nf4.nn.shared import SharedInput
 from nf4.nn.weight import QuantizedWeight
 from nf4.tensor import QuantizedTensor
 
@@ -195,6 +196,8 @@ class Linear4bitLoRA(NF4Linear):
         self.lora_B = nn.Parameter(torch.empty(out_features, r, dtype=lora_dtype, device=device))
         self.reset_lora_parameters()
         self._unmerged: QuantizedTensor | None = None
+        # The layers that one grouped call computes together with this one.
+        self.shared: SharedInput | None = None
 
     def reset_lora_parameters(self) -> None:
         """A as ``nn.Linear`` starts its weight, B zero: the layer starts as its base."""
@@ -227,6 +230,11 @@ class Linear4bitLoRA(NF4Linear):
     def merged(self) -> bool:
         """Whether the adapter is folded into the weight."""
         return self._unmerged is not None
+
+    @property
+    def active_dropout(self) -> float:
+        """The dropout probability of a forward now: 0 in evaluation."""
+        return self.lora_dropout if self.training else 0.0
 
     def delta_weight(self) -> Tensor:
         """``scaling * B A`` ``[out_features, in_features]`` in float32."""
@@ -270,6 +278,10 @@ class Linear4bitLoRA(NF4Linear):
             self.set_quantized(self._unmerged.to(self.weight.device))
             self._unmerged = None
 
+    def forward(self, x: Tensor) -> Tensor:
+        y = None if self.shared is None else self.shared.take(self, x)
+        return super().forward(x) if y is None else y
+
     def _forward(self, x: Tensor) -> Tensor:
         if self.merged:
             return super()._forward(x)
@@ -280,15 +292,19 @@ class Linear4bitLoRA(NF4Linear):
             self.lora_B,
             self.scaling,
             self.bias,
-            self.lora_dropout,
-            training=self.training,
+            self.active_dropout,
         )
 
     def extra_repr(self) -> str:
-        return (
+        text = (
             f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, "
             f"lora_dropout={self.lora_dropout}"
         )
+        if self.shared is None:
+            return text
+        if self.shared.obstacle is not None:
+            return f"{text}, not fused: {self.shared.obstacle}"
+        return f"{text}, fused={'+'.join(self.shared.names)}"
 
 
 def is_conv1d(module: nn.Module) -> bool:
