@@ -144,7 +144,9 @@ def cuda_library() -> Library | None:
     ]
     binding += [f"-I{ROOT / 'csrc/include'}", f"-isystem{toolkit / 'include'}"]
     binding += [f"-isystem{path}" for path in includes]
-    sources = {"csrc/torch/bindings_cuda.cpp": binding}
+    sources = {
+        f"csrc/torch/{name}.cpp": binding for name in ("bindings_cuda", "bindings_cuda_optimizer")
+    }
     sources |= {
         path.relative_to(ROOT).as_posix(): kernel
         for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))
@@ -152,7 +154,7 @@ def cuda_library() -> Library | None:
     # The runtime is linked in: the library then needs no CUDA toolkit of a certain version.
     link = [*compiler, "-shared", "-pthread", f"-L{runtime}", f"-L{libraries}"]
     link += ["-ltorch_cpu", "-lcudart_static", "-ldl", "-lrt"]
-    depends = ["csrc/cuda/*", "csrc/include/nf4/*"]
+    depends = ["csrc/cuda/*", "csrc/torch/*.h", "csrc/include/nf4/*"]
     return Library("nf4._C_cuda", sources, link, depends)
 
 

@@ -22,6 +22,7 @@ OPS = (
     "linear_backward",
     "linear_lora",
     "linear_lora_backward",
+    "adamw_step",
 )
 REGISTERED = """
 import sys, torch, nf4

@@ -79,6 +79,28 @@ int nf4_cuda_linear_lora_backward(const void* grad_y, const void* x, const float
                                   void* da, void* db, int64_t m, int dtype, void* workspace,
                                   cudaStream_t stream);
 
+// One parameter of an AdamW step, its gradient and its moments, all contiguous. absmax1 and absmax2
+// are float[ceil(numel / 256)] and the states uint8[numel], or null and the states float[numel].
+typedef struct {
+  void* param;
+  const void* grad;
+  void* state1;
+  void* state2;
+  float* absmax1;
+  float* absmax2;
+  int64_t numel;
+  int64_t offset;  // a multiple of 4: the parameter's first random word
+  int32_t param_dtype;
+  int32_t grad_dtype;
+} nf4_adamw_param;
+
+// The adamw_step of nf4/ops.py. `params` [count] is host memory and read before the call returns;
+// hyper is float[8], seed null or one value, skipped one value, all on the device.
+size_t nf4_cuda_adamw_step_workspace(int64_t count);
+int nf4_cuda_adamw_step(const nf4_adamw_param* params, int64_t count, const float* hyper,
+                        const int64_t* seed, int64_t* skipped, void* workspace,
+                        cudaStream_t stream);
+
 #if defined(__cplusplus)
 }
 #endif

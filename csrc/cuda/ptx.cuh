@@ -40,6 +40,37 @@ __device__ __forceinline__ uint32_t and_or(uint32_t value, uint32_t mask, uint32
 #endif
 }
 
+// Tells the compiler that a pointer read from memory is a global one: ld.global instead of ld.
+template <typename T>
+__device__ __forceinline__ T* in_global(T* pointer) {
+#if !defined(NF4_EMULATE)
+  __builtin_assume(__isGlobal(pointer));
+#endif
+  return pointer;
+}
+
+// redux.sync: the largest of the warp's 32 values, in every lane.
+__device__ __forceinline__ uint32_t warp_max(uint32_t value) {
+#if defined(NF4_EMULATE) || defined(NF4_BEFORE_SM80)
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, value, lanes);
+    value = other > value ? other : value;
+  }
+  return value;
+#else
+  return __reduce_max_sync(0xffffffffu, value);
+#endif
+}
+
+// red.add to a counter that nothing reads during the launch.
+__device__ __forceinline__ void atomic_add(int64_t* counter, int64_t value) {
+#if defined(NF4_EMULATE)
+  emulation::atomic_add(counter, value);
+#else
+  atomicAdd(reinterpret_cast<unsigned long long*>(counter), static_cast<unsigned long long>(value));
+#endif
+}
+
 // cp.async: starts a copy of 16 bytes from global to shared memory, of which `valid` (0 to 16) are
 // read and the rest become zero. Both addresses are multiples of 16. The data is there after
 // cp_async_wait by the same thread, and for other threads after a barrier on top of that.

@@ -2,90 +2,21 @@
 //
 // The schemas are nf4/ops.py's. Checks what kernels rely on, allocates outputs and workspace with
 // torch's allocator, and launches on the current stream of the tensors' device.
-#include <dlfcn.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "../cuda/api.h"
+#include "cuda_call.h"
 #include "nf4/codes.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
-using Sizes = std::vector<int64_t>;
-
-template <class... Args>
-void check(bool condition, const char* op, const Args&... message) {
-  if (condition) return;
-  std::ostringstream text;
-  text << "nf4." << op << ": ";
-  (text << ... << message);
-  throw std::runtime_error(text.str());
-}
-
-int dtype_of(const char* op, const char* name, ScalarType dtype) {
-  check(dtype != ScalarType::Double, op, name,
-        " must be float32, float16 or bfloat16 on the cuda backend, got float64; "
-        "nf4.use_backend(\"reference\") computes in float64");
-  check(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-        op, name, " must be float32, float16 or bfloat16");
-  return dtype == ScalarType::Float  ? NF4_FLOAT32
-         : dtype == ScalarType::Half ? NF4_FLOAT16
-                                     : NF4_BFLOAT16;
-}
-
-Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// torch's current stream. Looked up in the CUDA half of torch, which is loaded wherever a CUDA
-// tensor exists, so that this library itself loads beside a CPU-only torch too.
-cudaStream_t current_stream(int32_t device) {
-  using Getter = AOTITorchError (*)(int32_t, void**);
-  static const Getter getter = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
-    void* symbol =
-        dlsym(library != nullptr ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream");
-    return reinterpret_cast<Getter>(symbol);
-  }();
-  void* stream = nullptr;
-  check(getter != nullptr && getter(device, &stream) == 0, "cuda", "torch gives no CUDA stream");
-  return static_cast<cudaStream_t>(stream);
-}
-
-// The device of one call: current while it lives.
-class Call {
- public:
-  Call(const char* op, const Tensor& on)
-      : op_(op), on_(on), guard_(on.get_device_index()), stream_(current_stream(guard_index())) {}
-  cudaStream_t stream() const { return stream_; }
-  void same_device(const char* name, const Tensor& t) const {
-    check(t.is_cuda() && t.get_device_index() == on_.get_device_index(), op_, name,
-          " must be on the same CUDA device as the other tensors");
-  }
-  Tensor workspace(size_t bytes) const {
-    return torch::stable::new_empty(on_, Sizes{static_cast<int64_t>(bytes)}, ScalarType::Byte);
-  }
-  void done(int status) const { check(status == 0, op_, "CUDA launch failed, status ", status); }
-
- private:
-  int32_t guard_index() const { return on_.get_device_index(); }
-  const char* op_;
-  const Tensor& on_;
-  torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_;
-};
 
 void check_layout(const char* op, int64_t block_size, int64_t format) {
   check(block_size >= 32 && block_size <= 4096 && (block_size & (block_size - 1)) == 0, op,

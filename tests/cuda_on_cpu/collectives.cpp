@@ -65,6 +65,8 @@ void land(const PendingCopy& copy) {
 void mma_bf16(void* const (&payload)[32]) { mma(payload, true); }
 void mma_fp16(void* const (&payload)[32]) { mma(payload, false); }
 
+void atomic_add(int64_t* counter, int64_t value) { *counter += value; }
+
 void check_shared_read(const void* address, size_t bytes, const char* what) {
   const auto* p = static_cast<const unsigned char*>(address);
   if (p < g_arena || p + bytes > g_arena + kArenaBytes) {

@@ -11,6 +11,7 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from ctypes import byref, c_double, c_int32, c_int64, c_size_t, c_void_p
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -304,11 +305,13 @@ class Ops:
 
 def install(path: Path, mode: str) -> Library:
     """Make the backend "cuda" run on CPU tensors by the emulated kernels, in this process."""
+    from cuda_on_cpu.emulated_optimizer import adamw_step
     from nf4.backends import cuda
     from nf4.ops import SCHEMAS
 
     library = Library(path, mode)
     ops = Ops(library)
+    cuda.adamw_step = partial(adamw_step, library)
     for op in SCHEMAS:
         implementation: Callable | None = getattr(ops, op, None)
         if implementation is not None:

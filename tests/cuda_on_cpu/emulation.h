@@ -59,6 +59,9 @@ void cp_async(void* shared, const void* global, int bytes, int valid, const char
 void cp_async_commit();
 void cp_async_wait(int pending_groups);
 
+// Fibers of one thread: nothing comes between.
+void atomic_add(int64_t* counter, int64_t value);
+
 void check_shared_read(const void* address, size_t bytes, const char* what);
 
 int run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);

@@ -1,0 +1,460 @@
+// The AdamW step over many parameters in one launch; nf4/optim/adamw.py states the arithmetic.
+//
+// A warp steps one block of 256 elements, two quads of a lane's own: elements 4 * lane .. + 3 and
+// 128 further on, so that a warp's access of either covers consecutive bytes. Dtypes and precisions
+// are looked up per parameter, not compiled in, so that one launch takes any mixture: a copy of the
+// code for each dtype was no shorter. Built without fma contraction and with IEEE division and
+// square root.
+#include <algorithm>
+#include <cstring>
+
+#include "formats.cuh"
+#include "launch.cuh"
+#include "philox.cuh"
+#include "shared.cuh"
+#include "vector.cuh"
+
+namespace nf4::cuda {
+namespace {
+
+constexpr int kBlock = NF4_NESTED_BLOCK_SIZE;
+constexpr int kPerLane = kBlock / 32;
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kBlocksPerMultiprocessor = 3;
+
+// A parameter, as the kernel finds it in the workspace.
+struct Row {
+  nf4_adamw_param param;
+  int32_t first_block;  // blocks of 256 in the parameters before
+  int32_t aligned;      // whether quads may be accessed whole
+};
+
+// Rows travel in kernel arguments, of which 4 KiB fit: a copy from host memory would have to be
+// pinned, and kept until a captured graph is gone.
+constexpr int kRowWords = sizeof(Row) / 8;
+constexpr int kRowsPerLaunch = 4000 / sizeof(Row);
+struct Rows {
+  uint64_t words[kRowsPerLaunch * kRowWords];
+};
+
+__global__ void __launch_bounds__(kThreads)
+    write_rows_kernel(const Rows rows, uint64_t* __restrict__ table, int words) {
+  for (int i = threadIdx.x; i < words; i += kThreads) table[i] = rows.words[i];
+}
+
+// The code of a value in [-1, 1], exactly, by two look-ups and one comparison. Values fall into
+// buckets by the upper bits of their magnitude, fine enough that none holds two thresholds; a table
+// has the number of thresholds below each bucket. A binary search takes three times as many
+// instructions.
+template <int kMap>
+struct Ranker {
+  static constexpr bool kSigned = kMap == 0;
+  static constexpr int kShift = kSigned ? 17 : 16;
+  // Powers of two below the smallest positive threshold: whatever is smaller counts as this.
+  static constexpr uint32_t kLowest = kSigned ? 0x34800000u : 0x34000000u;
+  static constexpr int kFirst = kLowest >> kShift;
+  static constexpr int kBuckets = (0x3f800000u >> kShift) - kFirst + 1;  // the last holds 1.0
+  static constexpr int kStride = (kBuckets + 15) / 16 * 16;  // from positive to negative values
+  static constexpr int kBytes = kSigned ? 2 * kStride : kStride;
+  const uint8_t* ranks;
+  const float* thresholds;  // [256], the last one infinity
+
+  static __device__ __forceinline__ int bucket(float v) {
+    const int index = static_cast<int>(__float_as_uint(fmaxf(fabsf(v), bits(kLowest))) >> kShift);
+    return index - kFirst + (kSigned && v < 0.0f ? kStride : 0);
+  }
+
+  // By kThreads = 256 threads: one for each rank.
+  static __device__ void fill(uint8_t* ranks, float* thresholds, int rank) {
+    const float own = threshold(rank);
+    thresholds[rank] = own;
+    // Buckets in the order of their values; negative ones come first and downwards.
+    constexpr int kNegative = kSigned ? kBuckets : 0;
+    const auto position = [](float v) {
+      const int index = bucket(v);
+      return index < kStride ? kNegative + index : kBuckets - 1 - (index - kStride);
+    };
+    const int begin = rank == 0 ? 0 : position(threshold(rank - 1)) + 1;
+    const int end = rank == 255 ? kNegative + kBuckets : position(own) + 1;
+    for (int i = begin; i < end; ++i) {
+      ranks[i >= kNegative ? i - kNegative : kStride + kBuckets - 1 - i] =
+          static_cast<uint8_t>(rank);
+    }
+  }
+
+  __device__ __forceinline__ uint32_t operator()(float v) const {
+    const uint32_t rank = ranks[bucket(v)];
+    // One more if v is above the threshold: the sign of the difference is never lost.
+    return rank + (__float_as_uint(thresholds[rank] - v) >> 31);
+  }
+
+ private:
+  // The lowest value of a rank's next; the unsigned map has code 0 for zero alone.
+  static __device__ float threshold(int rank) {
+    if (rank == 255) return INFINITY;
+    return rank == 0 && !kSigned ? 0.0f : kThresholds8[kMap][rank];
+  }
+  static __device__ __forceinline__ float bits(uint32_t value) { return __uint_as_float(value); }
+};
+
+struct Hyper {
+  float beta1, gain1, beta2, gain2, inverse_c2, eps, decay, step_size;
+};
+constexpr int kScalars = sizeof(Hyper) / sizeof(float);
+
+// What a thread block keeps in shared memory.
+struct Tables {
+  const Hyper* hyper;
+  const float* values1;
+  const float* values2;
+  Ranker<0> rank1;
+  Ranker<1> rank2;
+};
+constexpr size_t kSharedBytes =
+    sizeof(Hyper) + 4 * 256 * sizeof(float) + Ranker<0>::kBytes + Ranker<1>::kBytes;
+
+// Filled by all threads, without a barrier behind.
+__device__ __forceinline__ Tables make_tables(const float* hyper) {
+  Carve carve;
+  float* scalars = carve.take<float>(kScalars);
+  float* values1 = carve.take<float>(256);
+  float* values2 = carve.take<float>(256);
+  float* thresholds1 = carve.take<float>(256);
+  float* thresholds2 = carve.take<float>(256);
+  uint8_t* ranks1 = carve.take<uint8_t>(Ranker<0>::kBytes);
+  uint8_t* ranks2 = carve.take<uint8_t>(Ranker<1>::kBytes);
+  const int i = threadIdx.x;
+  if (i < kScalars) scalars[i] = hyper[i];
+  values1[i] = kCodes8[0][i];
+  values2[i] = kCodes8[1][i];
+  Ranker<0>::fill(ranks1, thresholds1, i);
+  Ranker<1>::fill(ranks2, thresholds2, i);
+  return {reinterpret_cast<const Hyper*>(scalars),
+          values1,
+          values2,
+          {ranks1, thresholds1},
+          {ranks2, thresholds2}};
+}
+
+// A lane's two quads as they lie in memory; 16-bit elements are in x and y.
+struct Raw {
+  uint4 quad[2];
+};
+
+__device__ __forceinline__ Raw load_raw(const void* data, int64_t first, bool wide) {
+  Raw raw{};
+#pragma unroll
+  for (int q = 0; q < 2; ++q) {
+    const int64_t quad = first / 4 + q * 32;
+    if (wide) {
+      raw.quad[q] = static_cast<const uint4*>(data)[quad];
+    } else {
+      const uint2 half = static_cast<const uint2*>(data)[quad];
+      raw.quad[q].x = half.x, raw.quad[q].y = half.y;
+    }
+  }
+  return raw;
+}
+
+__device__ __forceinline__ void unpack(const Raw& raw, int dtype, float (&v)[kPerLane]) {
+#pragma unroll
+  for (int q = 0; q < 2; ++q) {
+    const uint4 w = raw.quad[q];
+    float* out = v + 4 * q;
+    if (dtype == NF4_FLOAT32) {
+      out[0] = __uint_as_float(w.x), out[1] = __uint_as_float(w.y);
+      out[2] = __uint_as_float(w.z), out[3] = __uint_as_float(w.w);
+    } else if (dtype == NF4_BFLOAT16) {
+      unpack2<__nv_bfloat16>(w.x, out[0], out[1]);
+      unpack2<__nv_bfloat16>(w.y, out[2], out[3]);
+    } else {
+      unpack2<__half>(w.x, out[0], out[1]);
+      unpack2<__half>(w.y, out[2], out[3]);
+    }
+  }
+}
+
+__device__ __forceinline__ void store_quads(void* data, int64_t first, int dtype,
+                                            const float (&v)[kPerLane]) {
+#pragma unroll
+  for (int q = 0; q < 2; ++q) {
+    const int64_t quad = first / 4 + q * 32;
+    const float* x = v + 4 * q;
+    if (dtype == NF4_FLOAT32) {
+      static_cast<float4*>(data)[quad] = make_float4(x[0], x[1], x[2], x[3]);
+    } else if (dtype == NF4_BFLOAT16) {
+      static_cast<uint2*>(data)[quad] =
+          make_uint2(pack2<__nv_bfloat16>(x[0], x[1]), pack2<__nv_bfloat16>(x[2], x[3]));
+    } else {
+      static_cast<uint2*>(data)[quad] =
+          make_uint2(pack2<__half>(x[0], x[1]), pack2<__half>(x[2], x[3]));
+    }
+  }
+}
+
+// Element i of a lane, counted from its first.
+__device__ __forceinline__ constexpr int place(int i) { return i / 4 * 128 + i % 4; }
+
+__device__ __forceinline__ float load_one(const void* data, int64_t index, int dtype) {
+  if (dtype == NF4_FLOAT32) return static_cast<const float*>(data)[index];
+  if (dtype == NF4_BFLOAT16) return to_float(static_cast<const __nv_bfloat16*>(data)[index]);
+  return to_float(static_cast<const __half*>(data)[index]);
+}
+
+__device__ __forceinline__ void store_one(void* data, int64_t index, int dtype, float v) {
+  if (dtype == NF4_FLOAT32) {
+    static_cast<float*>(data)[index] = v;
+  } else if (dtype == NF4_BFLOAT16) {
+    static_cast<__nv_bfloat16*>(data)[index] = from_float<__nv_bfloat16>(v);
+  } else {
+    static_cast<__half*>(data)[index] = from_float<__half>(v);
+  }
+}
+
+// A lane's elements of one array, zero past the end where the block is short. Called for short
+// blocks and unaligned arrays.
+__device__ __forceinline__ void load_each(const void* data, int64_t first, int64_t numel, int dtype,
+                                          float (&v)[kPerLane]) {
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int64_t index = first + place(i);
+    v[i] = index < numel ? load_one(data, index, dtype) : 0.0f;
+  }
+}
+
+__device__ __forceinline__ void store_each(void* data, int64_t first, int64_t numel, int dtype,
+                                           const float (&v)[kPerLane]) {
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int64_t index = first + place(i);
+    if (index < numel) store_one(data, index, dtype, v[i]);
+  }
+}
+
+__device__ __forceinline__ void decode(uint32_t word, const float* values, float scale, float* v) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] = values[word >> (8 * i) & 255] * scale;
+}
+
+// x cut to the 16-bit type after adding the low bits of word below its last bit, as
+// nf4.backends.reference_optim.stochastic_round does.
+__device__ __forceinline__ float round_stochastically(float x, uint32_t word, int dtype) {
+  const bool half = dtype == NF4_FLOAT16;
+  const uint32_t cut = half ? 0x1fffu : 0xffffu;
+  const uint32_t size = magnitude(x);
+  // Below 2^-14 the spacing of float16 stays what it is there.
+  const float base = half && size < 0x38800000u ? 0x1p-14f : 0.0f;
+  const uint32_t raised = (__float_as_uint(__uint_as_float(size) + base) + (word & cut)) & ~cut;
+  const uint32_t rounded = __float_as_uint(__uint_as_float(raised) - base);
+  const uint32_t sign = __float_as_uint(x) & 0x80000000u;
+  return size < 0x7f800000u ? __uint_as_float(rounded | sign) : x;
+}
+
+__device__ __forceinline__ void step_block(const Row& row, int64_t block, const int64_t* seed,
+                                           int64_t* skipped, const Tables& tables) {
+  const nf4_adamw_param& t = row.param;
+  const Hyper& h = *tables.hyper;
+  const int lane = threadIdx.x % 32;
+  const int64_t first = block * kBlock + lane * 4;
+  const bool quantized = t.absmax1 != nullptr;
+#if !defined(NF4_PLANT_OUT_OF_BOUNDS)
+  const bool whole = row.aligned != 0 && (block + 1) * kBlock <= t.numel;
+#else
+  const bool whole = row.aligned != 0;
+#endif
+  auto* codes1 = static_cast<uint8_t*>(in_global(t.state1));
+  auto* codes2 = static_cast<uint8_t*>(in_global(t.state2));
+  float p[kPerLane], g[kPerLane], m[kPerLane], v[kPerLane];
+  if (whole) {
+    // All loads before the first conversion, which waits.
+    const Raw raw_p = load_raw(in_global(t.param), first, t.param_dtype == NF4_FLOAT32);
+    const Raw raw_g = load_raw(in_global(t.grad), first, t.grad_dtype == NF4_FLOAT32);
+    if (quantized) {
+      uint32_t word1[2], word2[2];
+#pragma unroll
+      for (int q = 0; q < 2; ++q) {
+        word1[q] = reinterpret_cast<const uint32_t*>(codes1)[first / 4 + q * 32];
+        word2[q] = reinterpret_cast<const uint32_t*>(codes2)[first / 4 + q * 32];
+      }
+      const float scale1 = in_global(t.absmax1)[block], scale2 = in_global(t.absmax2)[block];
+#pragma unroll
+      for (int q = 0; q < 2; ++q) {
+        decode(word1[q], tables.values1, scale1, m + 4 * q);
+        decode(word2[q], tables.values2, scale2, v + 4 * q);
+      }
+    } else {
+      unpack(load_raw(in_global(t.state1), first, true), NF4_FLOAT32, m);
+      unpack(load_raw(in_global(t.state2), first, true), NF4_FLOAT32, v);
+    }
+    unpack(raw_g, t.grad_dtype, g);
+    unpack(raw_p, t.param_dtype, p);
+  } else {
+    load_each(in_global(t.param), first, t.numel, t.param_dtype, p);
+    load_each(in_global(t.grad), first, t.numel, t.grad_dtype, g);
+    if (quantized) {
+      const float scale1 = in_global(t.absmax1)[block], scale2 = in_global(t.absmax2)[block];
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        const int64_t index = first + place(i);
+        m[i] = index < t.numel ? tables.values1[codes1[index]] * scale1 : 0.0f;
+        v[i] = index < t.numel ? tables.values2[codes2[index]] * scale2 : 0.0f;
+      }
+    } else {
+      load_each(in_global(t.state1), first, t.numel, NF4_FLOAT32, m);
+      load_each(in_global(t.state2), first, t.numel, NF4_FLOAT32, v);
+    }
+  }
+
+  uint32_t bits_m = 0, bits_v = 0;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    m[i] = h.beta1 * m[i] + h.gain1 * g[i];
+    v[i] = h.beta2 * v[i] + h.gain2 * g[i] * g[i];
+    bits_m = larger(bits_m, magnitude(m[i]));
+    bits_v = larger(bits_v, magnitude(v[i]));
+  }
+  bits_m = warp_max(bits_m);
+  bits_v = warp_max(bits_v);
+  if (larger(bits_m, bits_v) >= 0x7f800000u) {
+    if (lane == 0) atomic_add(skipped, 1);
+    return;
+  }
+
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const float ratio = m[i] / (sqrtf(v[i]) * h.inverse_c2 + h.eps);
+    p[i] = p[i] * h.decay - h.step_size * ratio;
+  }
+  if (seed != nullptr && t.param_dtype != NF4_FLOAT32) {
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+      const uint4 words = philox(*seed, (t.offset + first) / 4 + q * 32);
+      const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        p[4 * q + i] = round_stochastically(p[4 * q + i], word[i], t.param_dtype);
+      }
+    }
+  }
+  if (whole) {
+    store_quads(in_global(t.param), first, t.param_dtype, p);
+  } else {
+    store_each(in_global(t.param), first, t.numel, t.param_dtype, p);
+  }
+  if (!quantized) {
+    if (whole) {
+      store_quads(in_global(t.state1), first, NF4_FLOAT32, m);
+      store_quads(in_global(t.state2), first, NF4_FLOAT32, v);
+    } else {
+      store_each(in_global(t.state1), first, t.numel, NF4_FLOAT32, m);
+      store_each(in_global(t.state2), first, t.numel, NF4_FLOAT32, v);
+    }
+    return;
+  }
+  const float largest_m = __uint_as_float(bits_m), largest_v = __uint_as_float(bits_v);
+  const float inverse_m = 1.0f / at_least_floor(largest_m);
+  const float inverse_v = 1.0f / at_least_floor(largest_v);
+  uint32_t code1[kPerLane], code2[kPerLane];
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    code1[i] = tables.rank1(m[i] * inverse_m);
+    // A positive second moment never becomes zero: rank2 counts any positive value above code 0,
+    // and the minimum stands in for a product that vanishes.
+    code2[i] = tables.rank2(fmaxf(v[i] * inverse_v, fminf(v[i], NF4_ABSMAX_FLOOR)));
+  }
+  if (whole) {
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+      const uint32_t *a = code1 + 4 * q, *b = code2 + 4 * q;
+      reinterpret_cast<uint32_t*>(codes1)[first / 4 + q * 32] =
+          a[0] | a[1] << 8 | a[2] << 16 | a[3] << 24;
+      reinterpret_cast<uint32_t*>(codes2)[first / 4 + q * 32] =
+          b[0] | b[1] << 8 | b[2] << 16 | b[3] << 24;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const int64_t index = first + place(i);
+      if (index < t.numel) {
+        codes1[index] = static_cast<uint8_t>(code1[i]);
+        codes2[index] = static_cast<uint8_t>(code2[i]);
+      }
+    }
+  }
+  if (lane == 0) {
+    in_global(t.absmax1)[block] = largest_m;
+    in_global(t.absmax2)[block] = largest_v;
+  }
+}
+
+// Every thread block takes an equal share of the blocks of all parameters, in order, so that it
+// looks for its parameter once and fills its tables once.
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    adamw_kernel(const Row* __restrict__ rows, int count, int blocks,
+                 const float* __restrict__ hyper, const int64_t* __restrict__ seed,
+                 int64_t* __restrict__ skipped) {
+  const Tables tables = make_tables(hyper);
+#if !defined(NF4_PLANT_MISSING_BARRIER)
+  __syncthreads();
+#endif
+  const auto share = [&](int64_t i) { return static_cast<int>(i * blocks / gridDim.x); };
+  const int begin = share(blockIdx.x) + threadIdx.x / 32, end = share(blockIdx.x + 1);
+  // The last parameter that begins at or before `begin` does.
+  int low = 0, high = count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (rows[middle].first_block <= begin ? low : high) = middle;
+  }
+  for (int b = begin; b < end; b += kWarps) {
+    while (low + 1 < count && rows[low + 1].first_block <= b) ++low;
+    step_block(rows[low], b - rows[low].first_block, seed, skipped, tables);
+  }
+}
+
+bool aligned_to(const void* pointer, int dtype) {
+  return reinterpret_cast<uintptr_t>(pointer) % (dtype == NF4_FLOAT32 ? 16 : 8) == 0;
+}
+
+bool has_aligned_quads(const nf4_adamw_param& p) {
+  const bool states = p.absmax1 == nullptr ? aligned16(p.state1) && aligned16(p.state2)
+                                           : reinterpret_cast<uintptr_t>(p.state1) % 4 == 0 &&
+                                                 reinterpret_cast<uintptr_t>(p.state2) % 4 == 0;
+  return states && aligned_to(p.param, p.param_dtype) && aligned_to(p.grad, p.grad_dtype);
+}
+
+}  // namespace
+}  // namespace nf4::cuda
+
+extern "C" size_t nf4_cuda_adamw_step_workspace(int64_t count) {
+  return static_cast<size_t>(count) * sizeof(nf4::cuda::Row);
+}
+
+extern "C" int nf4_cuda_adamw_step(const nf4_adamw_param* params, int64_t count, const float* hyper,
+                                   const int64_t* seed, int64_t* skipped, void* workspace,
+                                   cudaStream_t stream) {
+  using namespace nf4::cuda;
+  auto* table = static_cast<uint64_t*>(workspace);
+  int64_t blocks = 0;
+  for (int64_t start = 0; start < count; start += kRowsPerLaunch) {
+    Rows rows = {};
+    const int64_t here = std::min<int64_t>(kRowsPerLaunch, count - start);
+    for (int64_t i = 0; i < here; ++i) {
+      const nf4_adamw_param& p = params[start + i];
+      for (const int dtype : {p.param_dtype, p.grad_dtype}) {
+        if (dtype < NF4_FLOAT32 || dtype > NF4_BFLOAT16) return cudaErrorNotSupported;
+      }
+      const Row row = {p, static_cast<int32_t>(blocks), has_aligned_quads(p)};
+      std::memcpy(rows.words + i * kRowWords, &row, sizeof row);
+      blocks += (p.numel + kBlock - 1) / kBlock;
+    }
+    const int status = launch(write_rows_kernel, 1, kThreads, 0, stream, rows,
+                              table + start * kRowWords, static_cast<int>(here * kRowWords));
+    if (status != 0) return status;
+  }
+  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+  const int64_t most = static_cast<int64_t>(device().multiprocessors) * kBlocksPerMultiprocessor;
+  const auto grid = static_cast<unsigned>(std::min((blocks + kWarps - 1) / kWarps, most));
+  return launch(adamw_kernel, grid, kThreads, kSharedBytes, stream,
+                static_cast<const Row*>(workspace), count, blocks, hyper, seed, skipped);
+}
