@@ -19,5 +19,5 @@ for level in ${*:-portable avx2 avx512 avx512_bf16}; do
     "$python" -m pytest -q -p no:cacheprovider -k "cpu and not reference" \
     "$root/tests/test_quantize.py" "$root/tests/test_dequantize.py" \
     "$root/tests/test_double_quantize.py" "$root/tests/test_linear.py" \
-    "$root/tests/test_linear_lora.py"
+    "$root/tests/test_linear_lora.py" "$root/tests/test_adamw_step.py"
 done

@@ -153,8 +153,9 @@ def test_stochastic_rounding(backend: str, device: torch.device, dtype: torch.dt
     # 2^18 further words reach the second counter word only beyond 2^34, so offsets start there.
     args = random_arguments((1000, 5, 4099), dtypes=(dtype,))
     args.offsets = [offset + 2**34 - 512 for offset in args.offsets]
-    # float16 subnormals and values that round to them.
-    args.params[0][:500] = (torch.randn(500) * 1e-6).to(dtype)
+    # Values on both sides of float16's smallest normal one, subnormals, and what rounds to them.
+    exponents = torch.rand(500) * 14 - 26
+    args.params[0][:500] = (torch.randn(500).sign() * 2.0**exponents).to(dtype)
     check_against_reference(backend, device, args, hyper_tensor(3), seed=-(2**40) + 12345)
 
 
