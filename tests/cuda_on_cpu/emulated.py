@@ -306,6 +306,7 @@ class Ops:
 def install(path: Path, mode: str) -> Library:
     """Make the backend "cuda" run on CPU tensors by the emulated kernels, in this process."""
     from cuda_on_cpu.emulated_optimizer import adamw_step
+
     from nf4.backends import cuda
     from nf4.ops import SCHEMAS
 

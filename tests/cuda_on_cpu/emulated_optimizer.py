@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_int32, c_int64, c_void_p
 
-import torch
 from cuda_on_cpu.emulated import DTYPES, Library, _pointer, _workspace
 from torch import Tensor
 
