@@ -125,6 +125,12 @@ __device__ __forceinline__ uint64_t shared_matrix(const void* columns) {
          uint64_t{1} << 62;
 }
 
+// The same matrix `bytes` further on, without touching the high half of its descriptor.
+__device__ __forceinline__ uint64_t moved(uint64_t matrix, int bytes) {
+  const auto low = static_cast<uint32_t>(matrix) + static_cast<uint32_t>(bytes / 16);
+  return matrix >> 32 << 32 | low;
+}
+
 // setmaxnreg: from here on each thread of this warpgroup has kCount registers; a warpgroup that
 // takes more waits for another to give some back. Without meaning on a CPU.
 template <int kCount>
@@ -170,13 +176,14 @@ __device__ __forceinline__ void wgmma_wait(NF4_SITE) {
 #endif
 }
 
-// No instruction: keeps the compiler from using the registers of a fragment for something else
-// before this point, which comes after the wait.
-__device__ __forceinline__ void wgmma_keep(const uint32_t (&a)[4]) {
+// No instruction: a fragment is complete at this point and its registers hold nothing else. Belongs
+// before the fence, so that no part of it is computed between the products (ptxas then waits after
+// each, C7513), and after the wait, so that its registers are not used again too early.
+__device__ __forceinline__ void wgmma_pin(uint32_t (&a)[4]) {
 #if defined(NF4_EMULATE)
   static_cast<void>(a);
 #else
-  asm volatile("" ::"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]) : "memory");
+  asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])::"memory");
 #endif
 }
 

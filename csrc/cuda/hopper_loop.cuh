@@ -34,46 +34,51 @@ struct Place {
   }
 };
 
-// The scales of a thread's two rows, a step of K at a time, loaded a step ahead.
+// The scales of a thread's two rows, a step of K at a time, loaded a step ahead. Rows past the last
+// take its scales; nothing reads what comes of them.
+template <bool kNested>
 class RowScales {
  public:
-  __device__ __forceinline__ RowScales(const HopperArguments& p, int64_t feature, int step)
-      : flat_(feature * p.k + static_cast<int64_t>(step) * kHopperStep),
-        rows_(feature + 1 < p.n ? 2 : (feature < p.n ? 1 : 0)),
-        is_nested_(p.scales.nested_absmax != nullptr),
-        offset_(is_nested_ ? p.scales.offset[0] : 0.0f) {}
+  __device__ __forceinline__ RowScales(const HopperArguments& p, int64_t feature, int step) {
+    const auto steps = static_cast<uint32_t>(p.k_steps);
+    const int64_t last = p.n - 1;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = feature + half < last ? feature + half : last;
+      at_[half] = static_cast<uint32_t>(row) * steps + step;
+    }
+    shift_ = p.log2_block - kLog2Step;
+    offset_ = kNested ? p.scales.offset[0] : 0.0f;
+  }
 
   __device__ __forceinline__ void load(const HopperArguments& p) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      raw_[half] = 0;
-      nested_[half] = 0.0f;
-      if (half >= rows_) continue;
-      const int64_t block = (flat_ + half * p.k) >> p.log2_block;
-      if (is_nested_) {
-        raw_[half] = static_cast<const uint8_t*>(p.scales.absmax)[block];
-        nested_[half] = p.scales.nested_absmax[block / NF4_NESTED_BLOCK_SIZE];
+      const uint32_t block = at_[half]++ >> shift_;
+      if constexpr (kNested) {
+        code_[half] = static_cast<const uint8_t*>(p.scales.absmax)[block];
+        scale_[half] = p.scales.nested_absmax[block / NF4_NESTED_BLOCK_SIZE];
       } else {
-        raw_[half] = static_cast<const uint32_t*>(p.scales.absmax)[block];
+        scale_[half] = static_cast<const float*>(p.scales.absmax)[block];
       }
     }
-    flat_ += kHopperStep;
   }
   __device__ __forceinline__ void decode(const float* map, float (&scale)[2]) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      scale[half] =
-          is_nested_ ? map[raw_[half]] * nested_[half] + offset_ : __uint_as_float(raw_[half]);
+      scale[half] = kNested ? map[code_[half]] * scale_[half] + offset_ : scale_[half];
     }
   }
 
  private:
-  int64_t flat_;
-  int rows_;
-  bool is_nested_;
+  static constexpr int kLog2Step = 6;
+  static_assert(1 << kLog2Step == kHopperStep);
+
+  uint32_t at_[2];  // steps of K from the start of the weight
+  int shift_;
   float offset_;
-  uint32_t raw_[2];
-  float nested_[2];
+  uint32_t code_[2];
+  float scale_[2];
 };
 
 // One step of a warp's 16 rows, as the A fragments of four wgmmas. Lane t of a quad needs byte t of
@@ -103,6 +108,12 @@ __device__ __forceinline__ void decode_step(uint32_t (&a)[4][4], const unsigned 
       }
     }
   }
+}
+
+template <int kCount>
+__device__ __forceinline__ void pin(uint32_t (&a)[kCount][4]) {
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) wgmma_pin(a[c]);
 }
 
 // The A fragments of 16 ranks of b, as high and low parts.
@@ -168,138 +179,199 @@ __device__ __forceinline__ void store_tile(const float (&acc)[kHalves][16][4],
     bias[0] = to_float(static_cast<const T*>(p.bias)[feature]);
     if (pair) bias[1] = to_float(static_cast<const T*>(p.bias)[feature + 1]);
   }
+  const int64_t tokens = p.m - place.token;
+  const int left = tokens < 256 ? static_cast<int>(tokens) : 256;
+  T* to = y + place.token * p.n + feature;
 #pragma unroll
   for (int h = 0; h < kHalves; ++h) {
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
+      T* at = to;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int64_t token = place.token + 128 * h + 8 * j + e;
-        if (token >= p.m) continue;
         const float v0 = acc[h][j][e] + bias[0], v1 = acc[h][j][e + 2] + bias[1];
-        T* to = y + token * p.n + feature;
-        if (aligned) {
-          *reinterpret_cast<uint32_t*>(to) = pack2<T>(v0, v1);
-        } else {
-          to[0] = from_float<T>(v0);
-          if (pair) to[1] = from_float<T>(v1);
+        if (128 * h + 8 * j + e < left) {
+          if (aligned) {
+            *reinterpret_cast<uint32_t*>(at) = pack2<T>(v0, v1);
+          } else {
+            at[0] = from_float<T>(v0);
+            if (pair) at[1] = from_float<T>(v1);
+          }
+        }
+        at += p.n;
+      }
+      to += 8 * p.n;
+    }
+  }
+}
+
+// What a consumer thread works on: a ring of stages in shared memory.
+template <typename S>
+struct Stages {
+  const unsigned char *tokens, *weights, *table;
+  const float* map;
+  Mbarrier *full, *empty;
+  Ring<S::kStages> ring;
+
+  __device__ __forceinline__ void wait(const Ring<S::kStages>& at) const {
+#if defined(NF4_PLANT_WRONG_PHASE)
+    mbarrier_wait(full + at.stage, at.parity ^ 1);
+#elif !defined(NF4_PLANT_MISSING_MBARRIER_WAIT)
+    mbarrier_wait(full + at.stage, at.parity);
+#endif
+  }
+  __device__ __forceinline__ void release(int stage) const {
+    __syncwarp();  // all lanes have read
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + stage);
+  }
+  __device__ __forceinline__ const unsigned char* tokens_at(int stage) const {
+    return tokens + stage * S::kTokenStage;
+  }
+  __device__ __forceinline__ const unsigned char* weights_at(int stage) const {
+    return weights + stage * S::kWeightStage;
+  }
+};
+
+// `steps` steps of K with weights decoded from bytes: those of the next step while the products of
+// this one are under way. Between two steps a warpgroup's queue is empty for the time of a wait and
+// a fence; the other warpgroup's products fill it. (Keeping one group under way across the loop
+// makes ptxas wait after every product of the tile of 128 tokens, C7513.)
+template <typename T, typename S>
+__device__ __forceinline__ void multiply_fused(float (&acc)[S::kHalves][16][4],
+                                               const HopperArguments& p, Stages<S>& in,
+                                               RowScales<S::kNested>& scales, int steps) {
+  uint32_t a[2][4][4];
+  float scale[2];
+  if (steps > 0) {
+    scales.load(p);
+    in.wait(in.ring);
+    scales.decode(in.map, scale);
+    if (steps > 1) scales.load(p);
+    decode_step<T>(a[0], in.table, in.weights_at(in.ring.stage), scale);
+  }
+#pragma unroll 1
+  for (int start = 0; start < steps; start += 2) {
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {  // two sets of fragments: one is multiplied, one decoded
+      if (start + u >= steps) break;
+      const int stage = in.ring.stage;
+      const uint64_t x = shared_matrix(in.tokens_at(stage));
+      pin(a[u]);
+      wgmma_fence();
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {  // 16 elements of K
+#pragma unroll
+        for (int h = 0; h < S::kHalves; ++h) {
+          wgmma_m64n128k16<T>(acc[h], a[u][c], moved(x, h * 128 * 128 + c * 32));
         }
       }
+      wgmma_commit();
+      in.ring.advance();
+      if (start + u + 1 < steps) {
+        in.wait(in.ring);
+        scales.decode(in.map, scale);
+        if (start + u + 2 < steps) scales.load(p);
+        decode_step<T>(a[u ^ 1], in.table, in.weights_at(in.ring.stage), scale);
+      }
+#if !defined(NF4_PLANT_MISSING_WGMMA_WAIT)
+      wgmma_wait<0>();
+#endif
+      pin(a[u]);
+      in.release(stage);
     }
+  }
+  wgmma_wait<0>();
+}
+
+// `steps` steps of K with 16-bit weights, the products of two steps under way.
+template <typename T, typename S>
+__device__ __forceinline__ void multiply_dense(float (&acc)[S::kHalves][16][4], Stages<S>& in,
+                                               int steps) {
+  const int group = threadIdx.x / 128;
+  int before = 0;
+#pragma unroll 1
+  for (int i = 0; i < steps; ++i) {
+    const int stage = in.ring.stage;
+    const uint64_t x = shared_matrix(in.tokens_at(stage));
+    const uint64_t w = shared_matrix(in.weights_at(stage) + group * 64 * 128);
+    in.wait(in.ring);
+    wgmma_fence();
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+#pragma unroll
+      for (int h = 0; h < S::kHalves; ++h) {
+        wgmma_m64n128k16<T>(acc[h], moved(w, c * 32), moved(x, h * 128 * 128 + c * 32));
+      }
+    }
+    wgmma_commit();
+#if !defined(NF4_PLANT_MISSING_WGMMA_WAIT)
+    wgmma_wait<1>();
+#endif
+    if (i > 0) in.release(before);
+    before = stage;
+    in.ring.advance();
+  }
+  wgmma_wait<0>();
+  if (steps > 0) in.release(before);
+}
+
+// `steps` steps of 32 ranks from `rank` on. The columns of a stage are, twice, the high parts of 16
+// ranks of s and their low parts.
+template <typename T, typename S>
+__device__ __forceinline__ void multiply_up(float (&acc)[S::kHalves][16][4],
+                                            const HopperArguments& p, Stages<S>& in,
+                                            int64_t feature, int rank, int steps) {
+#pragma unroll 1
+  for (int i = 0; i < steps; ++i, rank += 32) {
+    uint32_t high[2][4], low[2][4];
+#pragma unroll
+    for (int c = 0; c < 2; ++c) up_fragments<T>(high[c], low[c], p, feature, rank + c * 16);
+    const uint64_t x = shared_matrix(in.tokens_at(in.ring.stage));
+    in.wait(in.ring);
+    pin(high);
+    pin(low);
+    wgmma_fence();
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+#pragma unroll
+      for (int h = 0; h < S::kHalves; ++h) {
+        const uint64_t s = moved(x, h * 128 * 128 + c * 64);
+        wgmma_m64n128k16<T>(acc[h], high[c], s);
+        wgmma_m64n128k16<T>(acc[h], high[c], moved(s, 32));
+        wgmma_m64n128k16<T>(acc[h], low[c], s);
+      }
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(high);
+    pin(low);
+    in.release(in.ring.stage);
+    in.ring.advance();
   }
 }
 
 // All steps of this CTA's tiles by one warpgroup's 64 rows.
 template <typename T, typename S>
-__device__ __forceinline__ void consume(const HopperArguments& p, const unsigned char* tokens,
-                                        const unsigned char* weights, const unsigned char* table,
-                                        const float* map, Mbarrier* full, Mbarrier* empty) {
-  constexpr int kHalves = S::kHalves;
-  const int group = threadIdx.x / 128;
+__device__ __forceinline__ void consume(const HopperArguments& p, Stages<S>& in) {
   const int64_t count = p.schedule.count(blockIdx.x);
   Cursor at(p.schedule, blockIdx.x);
-  Ring<S::kStages> ring;
-  const auto release = [&](int stage) {
-    __syncwarp();  // all lanes have read
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + stage);
-  };
   for (int64_t done = 0; done < count;) {
     const Place place(p, at.tile, S::kTokens);
     const int64_t to_end = at.steps - at.step, to_leave = count - done;
     const int steps = static_cast<int>(to_end < to_leave ? to_end : to_leave);
     const int left = p.k_steps - at.step;
-    const int main_steps = left < 0 ? 0 : (left < steps ? left : steps);
-    float acc[kHalves][16][4] = {};
-
-    RowScales scales(p, place.feature, at.step);
-    if (!S::kDense && main_steps > 0) scales.load(p);
-    uint32_t a[2][4][4];
-    int before = 0;  // the stage whose products are under way
-#pragma unroll 1
-    for (int start = 0; start < main_steps; start += 2) {
-#pragma unroll
-      for (int u = 0; u < 2; ++u) {  // two sets of fragments: one is decoded, one multiplied
-        if (start + u >= main_steps) break;
-        const unsigned char* x = tokens + ring.stage * S::kTokenStage;
-        const unsigned char* w = weights + ring.stage * S::kWeightStage;
-#if !defined(NF4_PLANT_MISSING_MBARRIER_WAIT)
-#if defined(NF4_PLANT_WRONG_PHASE)
-        mbarrier_wait(full + ring.stage, ring.parity ^ 1);
-#else
-        mbarrier_wait(full + ring.stage, ring.parity);
-#endif
-#endif
-        if constexpr (!S::kDense) {
-          float scale[2];
-          scales.decode(map, scale);
-          if (start + u + 1 < main_steps) scales.load(p);
-          decode_step<T>(a[u], table, w, scale);
-        }
-        wgmma_fence();
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {  // 16 elements of K
-#pragma unroll
-          for (int h = 0; h < kHalves; ++h) {
-            const uint64_t b = shared_matrix(x + h * 128 * 128 + c * 32);
-            if constexpr (S::kDense) {
-              wgmma_m64n128k16<T>(acc[h], shared_matrix(w + group * 64 * 128 + c * 32), b);
-            } else {
-              wgmma_m64n128k16<T>(acc[h], a[u][c], b);
-            }
-          }
-        }
-        wgmma_commit();
-#if !defined(NF4_PLANT_MISSING_WGMMA_WAIT)
-        wgmma_wait<1>();
-#endif
-        if (start + u > 0) {
-          if constexpr (!S::kDense) {
-#pragma unroll
-            for (int c = 0; c < 4; ++c) wgmma_keep(a[u ^ 1][c]);
-          }
-          release(before);
-        }
-        before = ring.stage;
-        ring.advance();
-      }
+    const int k_steps = left < 0 ? 0 : (left < steps ? left : steps);
+    float acc[S::kHalves][16][4] = {};
+    if constexpr (S::kDense) {
+      multiply_dense<T, S>(acc, in, k_steps);
+    } else {
+      RowScales<S::kNested> scales(p, place.feature, at.step);
+      multiply_fused<T, S>(acc, p, in, scales, k_steps);
     }
-    wgmma_wait<0>();
-    if (main_steps > 0) release(before);
-
-    // Columns of a stage, twice: high parts of 16 ranks of s, low parts of the same.
-#pragma unroll 1
-    for (int i = main_steps; i < steps; ++i) {
-      const unsigned char* x = tokens + ring.stage * S::kTokenStage;
-      const int rank = (at.step + i - p.k_steps) * (kHopperStep / 2);
-      uint32_t high[2][4], low[2][4];
+    const int rank = (at.step + k_steps - p.k_steps) * 32;
+    multiply_up<T, S>(acc, p, in, place.feature, rank, steps - k_steps);
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        up_fragments<T>(high[c], low[c], p, place.feature, rank + c * 16);
-      }
-      mbarrier_wait(full + ring.stage, ring.parity);
-      wgmma_fence();
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-#pragma unroll
-        for (int h = 0; h < kHalves; ++h) {
-          const unsigned char* columns = x + h * 128 * 128 + c * 64;
-          wgmma_m64n128k16<T>(acc[h], high[c], shared_matrix(columns));
-          wgmma_m64n128k16<T>(acc[h], high[c], shared_matrix(columns + 32));
-          wgmma_m64n128k16<T>(acc[h], low[c], shared_matrix(columns));
-        }
-      }
-      wgmma_commit();
-      wgmma_wait<0>();
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        wgmma_keep(high[c]);
-        wgmma_keep(low[c]);
-      }
-      release(ring.stage);
-      ring.advance();
-    }
-#pragma unroll
-    for (int h = 0; h < kHalves; ++h) wgmma_results(acc[h]);
+    for (int h = 0; h < S::kHalves; ++h) wgmma_results(acc[h]);
 
     if (steps == to_end && at.step == 0) {
       store_tile<T>(acc, p, place);

@@ -11,10 +11,11 @@ namespace nf4::cuda {
 constexpr int kHopperRows = 128;  // of a CTA, 64 for each of its two warpgroups
 constexpr int kHopperStep = 64;   // elements of K: 128 bytes, the width of a swizzled box
 
-template <int kHalves_, bool kDense_, int kStages_>
+template <int kHalves_, bool kDense_, int kStages_, bool kNested_>
 struct HopperTile {
   static constexpr int kHalves = kHalves_;  // of 128 tokens
   static constexpr bool kDense = kDense_;
+  static constexpr bool kNested = kNested_;  // the fused way: nested scales
   static constexpr int kStages = kStages_;
   static constexpr int kTokens = 128 * kHalves;
   // Two warpgroups multiply, one thread of a third loads. Threads start with 168 registers each;
@@ -67,23 +68,27 @@ inline bool wants_halves(int64_t m) {
   return one * 5 < two * 4;
 }
 
-// Calls `body(T(), HopperTile())` for the kernel that takes the problem.
-template <typename Body>
-auto with_hopper_tile(const Matmul& p, bool dense, const Body& body) {
-  const auto by_tile = [&](auto element) {
-    if (wants_halves(p.m)) {
-      if (dense) return body(element, HopperTile<1, true, 6>());
-      return body(element, HopperTile<1, false, 8>());
-    }
-    if (dense) return body(element, HopperTile<2, true, 4>());
-    return body(element, HopperTile<2, false, 5>());
-  };
-  return p.dtype == NF4_FLOAT16 ? by_tile(__half()) : by_tile(__nv_bfloat16());
-}
-
 inline bool fused_takes(const nf4_weight& w) {
   return is_4bit(w.format) && w.block_size >= kHopperStep && w.k % kHopperStep == 0 &&
-         aligned16(w.packed);
+         w.n * (w.k / kHopperStep) < int64_t{1} << 32 && aligned16(w.packed);
+}
+inline bool goes_dense(const Matmul& p) { return p.m >= kDenseTokens || !fused_takes(p.weight); }
+
+// Calls `body(T(), HopperTile())` for the kernel that takes the problem.
+template <typename Body>
+auto with_hopper_tile(const Matmul& p, const Body& body) {
+  const auto by_tile = [&](auto element) {
+    const bool is_nested = p.weight.nested_absmax != nullptr;
+    if (wants_halves(p.m)) {
+      if (goes_dense(p)) return body(element, HopperTile<1, true, 6, false>());
+      return is_nested ? body(element, HopperTile<1, false, 8, true>())
+                       : body(element, HopperTile<1, false, 8, false>());
+    }
+    if (goes_dense(p)) return body(element, HopperTile<2, true, 4, false>());
+    return is_nested ? body(element, HopperTile<2, false, 5, true>())
+                     : body(element, HopperTile<2, false, 5, false>());
+  };
+  return p.dtype == NF4_FLOAT16 ? by_tile(__half()) : by_tile(__nv_bfloat16());
 }
 
 // The extra steps of K for LoRA, 32 ranks each, and the ranks that s is padded to.

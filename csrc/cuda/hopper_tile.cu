@@ -49,8 +49,9 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 
   if (threadIdx.x < S::kConsumers) {
     take_registers<S::kConsumerRegisters>();
-    consume<T, S>(p, tokens, weights, reinterpret_cast<const unsigned char*>(table), map, full,
-                  empty);
+    Stages<S> in{tokens, weights, reinterpret_cast<const unsigned char*>(table), map, full,
+                 empty,  {}};
+    consume<T, S>(p, in);
   } else {
     give_registers<S::kProducerRegisters>();
     if (threadIdx.x == S::kConsumers) produce<S>(p, tokens, weights, full, empty);
@@ -85,8 +86,6 @@ __global__ void __launch_bounds__(256)
   uint32_t* to = out + token * padded + pair / 8 * 16 + pair % 8;
   split2<T>(value(2 * pair), value(2 * pair + 1), to[0], to[8]);
 }
-
-bool goes_dense(const Matmul& p) { return p.m >= kDenseTokens || !fused_takes(p.weight); }
 
 // Workspace: weights (rows padded to 16), the parts of s, partial results.
 struct Workspace {
@@ -160,13 +159,12 @@ bool hopper_forward_takes(const Matmul& p) {
 }
 
 size_t hopper_forward_workspace(const Matmul& p) {
-  return with_hopper_tile(p, goes_dense(p), [&](auto, auto tile) -> size_t {
-    return workspace_of<decltype(tile)>(p).total();
-  });
+  return with_hopper_tile(
+      p, [&](auto, auto tile) -> size_t { return workspace_of<decltype(tile)>(p).total(); });
 }
 
 int hopper_forward(const Matmul& p, void* workspace, cudaStream_t stream) {
-  return with_hopper_tile(p, goes_dense(p), [&](auto element, auto tile) -> int {
+  return with_hopper_tile(p, [&](auto element, auto tile) -> int {
     using T = decltype(element);
     using S = decltype(tile);
     const nf4_weight& w = p.weight;
