@@ -40,11 +40,19 @@ class Target:
     )
     elements: int
     limit: float | None = None  # slots; None: reported only
+    archs: tuple[str, ...] = ()  # that have the kernel; none named: all
 
 
 def _forward(tokens: int, shape: str, elements: int, limit: float | None = None) -> Target:
     kernel = rf"linear_tile_kernel<__nv_bfloat16, .*Shape<{shape}>"
     return Target(f"linear, {tokens} tokens", "linear_tile", kernel, "HMMA", elements, limit)
+
+
+def _hopper(tokens: int, tile: str, weights: str, elements: int) -> Target:
+    """A tile of 128 rows by wgmma: a CTA's tensor cores use 2048 / tokens weights a clock."""
+    kernel = rf"hopper_tile_kernel<__nv_bfloat16, .*HopperTile<{tile}>"
+    name = f"linear, wgmma {tokens} tokens, {weights}"
+    return Target(name, "hopper_tile", kernel, "HGMMA", elements, tokens / 16, ("90a",))
 
 
 TARGETS = (
@@ -66,6 +74,12 @@ TARGETS = (
     _forward(32, "8, 1, 1, 4, 4, 2, 1, false", 16 * 256),
     _forward(64, "4, 2, 2, 4, 1, 4, 1, false", 32 * 64),
     _forward(128, "4, 2, 2, 8, 1, 3, 1, true", 32 * 64),
+    # Warps of a warpgroup have 16 rows each; the fused loop holds two steps of 64 elements of K.
+    _hopper(128, "1, false, 8, true", "nf4 nested", 16 * 128),
+    _hopper(256, "2, false, 5, true", "nf4 nested", 16 * 128),
+    _hopper(256, "2, false, 5, false", "nf4", 16 * 128),
+    _hopper(128, "1, true, 6, false", "16-bit", 16 * 64),
+    _hopper(256, "2, true, 4, false", "16-bit", 16 * 64),
     Target(
         "linear_backward, 128 tokens", "backward_tile",
         r"backward_tile_kernel<__nv_bfloat16, .*Shape<4, 2, 8, 4, true>", "HMMA", 64 * 32,
@@ -84,6 +98,28 @@ PEER_TARGETS = (
         "bitsandbytes quantize nf4 bs64 bf16", "",
         r"kQuantizeBlockwiseSmall<__nv_bfloat16, 64, 2>", "", 64,
     ),
+    # Each weight costs a lane one look-up, by LDS or SHFL: elements are 32 times those in a loop.
+    Target(
+        "bitsandbytes gemv, kgemm_4bit_inference_naive", "",
+        r"kgemm_4bit_inference_naive<__nv_bfloat16, 128, 16>", "LDS", 1024,
+    ),
+    *(
+        Target(
+            f"bitsandbytes gemm_4bit_simt, {tokens} token" + "s" * (tokens > 1), "",
+            rf"gemm_4bit_simt<__nv_bfloat16, {tokens}>", "SHFL", 1024,
+        )
+        for tokens in (1, 2, 4, 8)
+    ),
+    *(
+        Target(
+            f"bitsandbytes gemm_4bit_sm80, tile {tile.replace(', ', 'x')}", "",
+            rf"gemm_4bit_sm80_m16n8k16<__nv_bfloat16, {tile}>", "SHFL", elements,
+        )
+        for tile, elements in (
+            ("32, 64, 128", 1024), ("32, 256, 128", 4096), ("64, 64, 64", 512),
+            ("128, 64, 64", 512), ("128, 128, 64", 1024),
+        )
+    ),
 )  # fmt: skip
 
 
@@ -100,6 +136,7 @@ class Row:
     slots: float
     ceiling: float
     hmma: int
+    hgmma: int
     wide_accesses: int
     global_accesses: int
 
@@ -123,6 +160,8 @@ def compile_cubin(source: str, arch: str, directory: Path) -> tuple[Path, str]:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise SystemExit(result.stderr)
+    if "wgmma.mma_async instructions are serialized" in result.stderr:
+        raise SystemExit(f"{source}.cu, sm_{arch}: ptxas waits after every wgmma:\n{result.stderr}")
     return target, result.stderr
 
 
@@ -272,6 +311,7 @@ def row(arch: str, target: Target, code: list[str], used: tuple[int, int, int]) 
         round(slots, 2),
         round(128 / slots, 1),
         sum(c for n, c in names.items() if n.startswith("HMMA")),
+        sum(c for n, c in names.items() if n.startswith("HGMMA")),
         sum(c for n, c in memory.items() if ".128" in n),
         sum(memory.values()),
     )
@@ -282,16 +322,17 @@ def measure(archs: list[str], peer: Path | None) -> list[Row]:
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         for arch in archs:
-            for source in dict.fromkeys(t.source for t in TARGETS):
+            targets = [t for t in TARGETS if not t.archs or arch in t.archs]
+            for source in dict.fromkeys(t.source for t in targets):
                 cubin, report = compile_cubin(source, arch, Path(directory))
                 used = resources(report)
                 code = functions(cubin, arch, "")
                 names = dict(zip(demangle(list(code)), code, strict=True))
-                for target in (t for t in TARGETS if t.source == source):
+                for target in (t for t in targets if t.source == source):
                     name = next(m for n, m in names.items() if re.search(target.kernel, n))
                     rows.append(row(arch, target, counted(code[name], target), used[name]))
     if peer is not None:
-        code = functions(peer, "90", "kDequantizeBlockwise|kQuantizeBlockwiseSmall")
+        code = functions(peer, "90", "kDequantizeBlockwise|kQuantizeBlockwiseSmall|gemm_4bit")
         names = dict(zip(demangle(list(code)), code, strict=True))
         for target in PEER_TARGETS:
             name = next((m for n, m in names.items() if re.search(target.kernel, n)), None)

@@ -29,6 +29,9 @@ def test_the_committed_table_keeps_the_limits() -> None:
             assert row.slots <= target.limit, target.name
     # At decode an H200's memory asks for 32 weights a clock of each SM.
     assert table["linear, 8 tokens"].ceiling >= 32
+    # wgmma: 2048 products a clock of each SM, so a tile of M tokens takes 2048 / M weights.
+    wgmma = [row for name, row in table.items() if "wgmma" in name]
+    assert len(wgmma) == 5 and all(row.hgmma > 0 for row in wgmma)
 
 
 @needs_nvcc
