@@ -125,14 +125,14 @@ def test_quantizes_while_streaming(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     from nf4.integrations import loading
 
     read: list[weakref.ref[torch.Tensor]] = []
-    original = loading._quantize
+    original = loading.quantize_for
 
     def watch(module: nn.Module, weight: torch.Tensor) -> Any:
         assert all(earlier() is None for earlier in read)
         read.append(weakref.ref(weight))
         return original(module, weight)
 
-    monkeypatch.setattr(loading, "_quantize", watch)
+    monkeypatch.setattr(loading, "quantize_for", watch)
     quantized(saved)
     assert len(read) == 14
 

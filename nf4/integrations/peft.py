@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import peft.tuners.lora.layer as peft_layers
 import torch
 from torch import nn
 
+from nf4.integrations.peft_experts import ParamWrapper, check_merge
 from nf4.integrations.peft_layer import LoraNF4, MergeSettings
 from nf4.lora.merge import Base, base_reader
 from nf4.lora.merge import merge_and_unload as to_16bit
+from nf4.nn import NF4Experts
 from nf4.nn.linear import Linear4bitLoRA, NF4Linear
 from nf4.nn.weight import QuantizedWeight
 
@@ -82,6 +85,14 @@ def _resolve(module_name: str, path: str) -> tuple[Any, str]:
 def _create_new_module(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     def create(lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> nn.Module:
         base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+        if isinstance(base, NF4Experts) and kwargs.get("parameter_name") is not None:
+            layers: Any = peft_layers
+            theirs = layers.ParamWrapper
+            layers.ParamWrapper = ParamWrapper  # what its dispatcher makes of a parameter
+            try:
+                return original(lora_config, adapter_name, target, **kwargs)
+            finally:
+                layers.ParamWrapper = theirs
         if not isinstance(base, NF4Linear) or kwargs.get("parameter_name") is not None:
             return original(lora_config, adapter_name, target, **kwargs)
         if isinstance(base, Linear4bitLoRA):
@@ -150,6 +161,8 @@ def _count_parameters(original: Callable[..., Any]) -> Callable[..., Any]:
         for module in self.modules():
             if isinstance(module, QuantizedWeight):
                 total += module.q.numel() - module.weight.numel()
+            elif isinstance(module, NF4Experts):
+                total += sum(module.count(k) - p.numel() for k, p in module.named_parameters())
         return trainable, total
 
     return get_nb_trainable_parameters
@@ -203,6 +216,9 @@ def _announce(model: nn.Module, whole_model: bool) -> None:
 
 def _merge_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     def merge_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for module in self.model.modules():
+            if isinstance(module, ParamWrapper):  # before any other layer is merged
+                module.merge()
         _announce(self.model, whole_model=False)
         return original(self, *args, **kwargs)
 
@@ -211,8 +227,9 @@ def _merge_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _unload_and_optionally_merge(original: Callable[..., Any]) -> Callable[..., Any]:
     def unload(self: Any, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
-        ours = merge and any(True for _ in lora_layers(self.model))
+        ours = merge and any(isinstance(m, (LoraNF4, ParamWrapper)) for m in self.model.modules())
         if ours:
+            check_merge(self.model)
             _announce(self.model, whole_model=True)
         model = original(self, merge, *args, **kwargs)
         if ours and LoraNF4.merge_settings.into == "16bit":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from nf4.tensor import QuantizedTensor
 # Matrices an expert has in each fused parameter, in the order they are stacked in.
 MATRICES = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 _STATISTICS = ("absmax", "nested_absmax", "offset")
+# lora_A [E, r, columns], lora_B [E, rows of all matrices, r] and the scaling.
+ExpertsAdapter = tuple[Tensor, Tensor, float]
 
 
 class NF4Experts(nn.Module):
@@ -54,6 +57,7 @@ class NF4Experts(nn.Module):
         self.block_size, self.format = block_size, format
         self.compute_dtype, self.weight_dtype = compute_dtype, down.dtype
         self.double_quant = double_quant
+        self._adapters: dict[str, Sequence[ExpertsAdapter]] = {}
         # In a tuple, which hides it from named_modules: it has settings, but no weights.
         self._shell = (_without_parameters(source),)
         self.act_fn: Callable[[Tensor], Tensor] = source.act_fn  # type: ignore[assignment]
@@ -220,14 +224,37 @@ class NF4Experts(nn.Module):
             out = out.index_add(0, token, y.to(out.dtype))
         return out
 
+    @contextmanager
+    def adapted(self, name: str, adapters: Sequence[ExpertsAdapter]) -> Iterator[None]:
+        """Within it, a forward adds ``scaling * lora_B[e] @ lora_A[e]`` to the matrices of each
+        expert e in the parameter ``name``, for every adapter, in the matmul itself."""
+        before = self._adapters
+        self._adapters = {**before, name: adapters}
+        try:
+            yield
+        finally:
+            self._adapters = before
+
     def _expert(self, expert: int, x: Tensor) -> Tensor:
         dtype = self.compute_dtype or x.dtype
-        gate, up = (
-            functional.linear(x.to(dtype), self.q("gate_up_proj", expert, i)) for i in range(2)
-        )
+        gate, up = (self._linear("gate_up_proj", expert, i, x.to(dtype)) for i in range(2))
         combine = _own_gate(self._shell[0])
         hidden = self.act_fn(gate) * up if combine is None else combine(torch.cat((gate, up), -1))
-        return functional.linear(hidden, self.q("down_proj", expert, 0)).to(x.dtype)
+        return self._linear("down_proj", expert, 0, hidden).to(x.dtype)
+
+    def _linear(self, name: str, expert: int, index: int, x: Tensor) -> Tensor:
+        q = self.q(name, expert, index)
+        adapters = self._adapters.get(name, ())
+        if not adapters:
+            return functional.linear(x, q)
+        rows = slice(index * q.shape[0], (index + 1) * q.shape[0])
+        if len(adapters) == 1:
+            ((a, b, scaling),) = adapters
+            return functional.linear_lora(x, q, a[expert], b[expert, rows], scaling)
+        # Several adapters are one of their ranks' sum.
+        stacked_a = torch.cat([a[expert] for a, _, _ in adapters])
+        stacked_b = torch.cat([b[expert, rows] * scaling for _, b, scaling in adapters], dim=1)
+        return functional.linear_lora(x, q, stacked_a, stacked_b, 1.0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Experts:
         # The scales are float32 whatever dtype the rest of the model is cast to.
