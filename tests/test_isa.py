@@ -182,6 +182,34 @@ def test_sanitizers() -> None:
     assert script.returncode == 0, (script.stdout + script.stderr)[-4000:]
 
 
+def _advised(address: int) -> bool:
+    """Whether the mapping that holds ``address`` has been asked to use huge pages."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        bounds = line.split(" ", 1)[0].split("-")
+        if len(bounds) == 2:
+            inside = int(bounds[0], 16) <= address < int(bounds[1], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    return False
+
+
+@needs_library
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(),
+    reason="needs Linux with transparent huge pages",
+)
+def test_large_results_ask_for_huge_pages() -> None:
+    huge = 2 << 20
+    dense = torch.randn(4096, 2048)
+    packed, absmax = torch.ops.nf4_cpu.quantize(dense, 64, 0)
+    w = torch.ops.nf4_cpu.dequantize(packed, absmax, None, None, [4096, 2048], 64, 0, dense.dtype)
+    for result in (packed, w):
+        whole_page = (result.data_ptr() + huge - 1) // huge * huge
+        assert whole_page + huge <= result.data_ptr() + result.nbytes
+        assert _advised(whole_page)
+
+
 @needs_library
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("op", ("linear", "linear_backward"))
