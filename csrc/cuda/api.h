@@ -40,6 +40,15 @@ typedef struct {
   int32_t dtype;
 } nf4_lora;
 
+// One of several weights that share x [m, k]: y [m, n] and s [m, r] are its outputs.
+typedef struct {
+  nf4_weight weight;
+  const void* bias;  // [n] in x's dtype, or null
+  nf4_lora lora;
+  void* y;
+  float* s;
+} nf4_member;
+
 // x [numel] -> packed, absmax [ceil(numel / block_size)].
 int nf4_cuda_quantize(const void* x, int dtype, int64_t numel, int block_size, int format,
                       uint8_t* packed, float* absmax, cudaStream_t stream);
@@ -70,6 +79,13 @@ size_t nf4_cuda_linear_lora_workspace(const nf4_weight* weight, const nf4_lora* 
 int nf4_cuda_linear_lora(const void* x, const nf4_weight* weight, const void* bias,
                          const nf4_lora* lora, void* y, float* s, int64_t m, int dtype,
                          void* workspace, cudaStream_t stream);
+
+// The same for every member; their adapters have one dtype. All down-projections are one launch,
+// and so are all matmuls of up to four members and of as many tokens as linear_tile.cuh takes.
+size_t nf4_cuda_linear_lora_group_workspace(const nf4_member* members, int count, int64_t m,
+                                            int dtype);
+int nf4_cuda_linear_lora_group(const void* x, const nf4_member* members, int count, int64_t m,
+                               int dtype, void* workspace, cudaStream_t stream);
 
 // Gradients of linear_lora; dx, or da and db together, may be null when not wanted.
 size_t nf4_cuda_linear_lora_backward_workspace(const nf4_weight* weight, const nf4_lora* lora,

@@ -291,7 +291,7 @@ int tile_backward(const Matmul& p, void* workspace, cudaStream_t stream) {
     using T = decltype(element);
     using S = decltype(shape);
     const TileArguments a = tile_arguments<S>(p, p.weight.k, p.weight.n, workspace);
-    return launch_tiles<S>(backward_tile_kernel<T, S>, backward_sum_kernel<T, S>, a,
+    return launch_tiles<S>(backward_tile_kernel<T, S>, backward_sum_kernel<T, S>, a, a.schedule,
                            p.weight.format, stream);
   });
 }

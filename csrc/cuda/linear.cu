@@ -1,4 +1,6 @@
 // The launchers of linear, linear_lora and their backward passes: choose kernels, cut workspace.
+#include <algorithm>
+
 #include "launch.cuh"
 #include "matmul.cuh"
 #include "vector.cuh"
@@ -28,6 +30,45 @@ size_t backward_workspace(const Matmul& p) {
 int backward(const Matmul& p, void* workspace, cudaStream_t stream) {
   if (p.m == 0 || p.weight.k == 0) return 0;
   return tile_backward_takes(p) ? tile_backward(p, workspace, stream) : general_backward(p, stream);
+}
+
+// Members of a group, and the work of each as the single launchers see it.
+struct Group {
+  Matmul matmuls[kMaxMembers];
+  Down downs[kMaxMembers];
+};
+
+Matmul member_matmul(const void* x, const nf4_member& member, int64_t m, int dtype) {
+  const nf4_lora& lora = member.lora;
+  const Up up{member.s,
+              lora.b,
+              lora.dtype,
+              static_cast<int>(lora.r),
+              static_cast<float>(lora.scaling),
+              dropout_of(0.0, nullptr)};
+  return {x, member.weight, member.bias, member.y, m, dtype, up};
+}
+
+Group group_of(const void* x, const nf4_member* members, int count, int64_t m, int dtype) {
+  Group g = {};
+  for (int i = 0; i < count; ++i) {
+    const nf4_lora& lora = members[i].lora;
+    g.matmuls[i] = member_matmul(x, members[i], m, dtype);
+    g.downs[i] = {x,
+                  lora.a,
+                  members[i].s,
+                  members[i].weight.k,
+                  static_cast<int>(lora.r),
+                  1.0f,
+                  dropout_of(lora.dropout_p, lora.seed)};
+  }
+  return g;
+}
+
+// One launch for all matmuls, unless Hopper's kernels take them: those are for so many tokens that
+// every member fills the SMs by itself.
+bool in_one_launch(const Matmul* matmuls, int count) {
+  return !hopper_forward_takes(matmuls[0]) && group_forward_takes(matmuls, count);
 }
 
 bool valid(const nf4_weight& w) { return valid_layout(w.block_size, w.format); }
@@ -93,14 +134,48 @@ extern "C" int nf4_cuda_linear_lora(const void* x, const nf4_weight* weight, con
                                     const nf4_lora* lora, void* y, float* s, int64_t m, int dtype,
                                     void* workspace, cudaStream_t stream) {
   if (!valid(*weight)) return cudaErrorInvalidValue;
-  const auto r = static_cast<int>(lora->r);
-  int status = lora_down({x, dtype, lora->a, lora->dtype, false, s, m, weight->k, r, 1.0f,
-                          dropout_of(lora->dropout_p, lora->seed)},
-                         stream);
-  if (status != 0) return status;
-  const Up up{
-      s, lora->b, lora->dtype, r, static_cast<float>(lora->scaling), dropout_of(0.0, nullptr)};
-  return forward({x, *weight, bias, y, m, dtype, up}, workspace, stream);
+  const nf4_member member{*weight, bias, *lora, y, s};
+  const Group g = group_of(x, &member, 1, m, dtype);
+  const int status = lora_down(g.downs, 1, {dtype, lora->dtype, false, m}, stream);
+  return status != 0 ? status : forward(g.matmuls[0], workspace, stream);
+}
+
+extern "C" size_t nf4_cuda_linear_lora_group_workspace(const nf4_member* members, int count,
+                                                       int64_t m, int dtype) {
+  size_t most = 0;
+  for (int start = 0; start < count; start += kMaxMembers) {
+    const int here = count - start < kMaxMembers ? count - start : kMaxMembers;
+    const Group g = group_of(nullptr, members + start, here, m, dtype);
+    if (group_forward_takes(g.matmuls, here)) {
+      most = std::max(most, group_forward_workspace(g.matmuls, here));
+    }
+    for (int i = 0; i < here; ++i) most = std::max(most, forward_workspace(g.matmuls[i]));
+  }
+  return most;
+}
+
+extern "C" int nf4_cuda_linear_lora_group(const void* x, const nf4_member* members, int count,
+                                          int64_t m, int dtype, void* workspace,
+                                          cudaStream_t stream) {
+  for (int i = 0; i < count; ++i) {
+    if (!valid(members[i].weight) || members[i].lora.dtype != members[0].lora.dtype) {
+      return cudaErrorInvalidValue;
+    }
+  }
+  int status = 0;
+  for (int start = 0; start < count && status == 0; start += kMaxMembers) {
+    const int here = count - start < kMaxMembers ? count - start : kMaxMembers;
+    const Group g = group_of(x, members + start, here, m, dtype);
+    status = lora_down(g.downs, here, {dtype, members[0].lora.dtype, false, m}, stream);
+    if (status == 0 && in_one_launch(g.matmuls, here)) {
+      status = group_forward(g.matmuls, here, workspace, stream);
+      continue;
+    }
+    for (int i = 0; i < here && status == 0; ++i) {
+      status = forward(g.matmuls[i], workspace, stream);
+    }
+  }
+  return status;
 }
 
 // [ds | what the larger of the three kernels needs]
@@ -126,9 +201,8 @@ extern "C" int nf4_cuda_linear_lora_backward(const void* grad_y, const void* x, 
   const auto scaling = static_cast<float>(lora->scaling);
   auto* ds = static_cast<float*>(workspace);
   void* rest = static_cast<unsigned char*>(workspace) + rounded(m * lora->r * sizeof(float));
-  int status = lora_down({grad_y, dtype, lora->b, lora->dtype, true, ds, m, weight->n, r, scaling,
-                          dropout_of(0.0, nullptr)},
-                         stream);
+  const Down down{grad_y, lora->b, ds, weight->n, r, scaling, dropout_of(0.0, nullptr)};
+  int status = lora_down(&down, 1, {dtype, lora->dtype, true, m}, stream);
   if (status == 0 && dx != nullptr) {
     const Up up{ds, lora->a, lora->dtype, r, 1.0f, dropout_of(lora->dropout_p, lora->seed)};
     status = backward({grad_y, *weight, nullptr, dx, m, dtype, up}, rest, stream);

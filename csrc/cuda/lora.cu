@@ -35,18 +35,34 @@ constexpr int kDownTokens = 4;
 constexpr int kDownRanks = 8;
 constexpr int kDownWarps = 8;
 
+// Rank groups of all members are numbered through: member i has those from first[i] to first[i +
+// 1].
+struct DownGroup {
+  int count;
+  int first[kMaxMembers + 1];
+  bool aligned[kMaxMembers];
+  Down members[kMaxMembers];
+};
+
 // A block computes 4 tokens x 8 ranks; its warps split the reduction and lanes take 8 elements
 // each, so that M = 1 still has 8 warps a rank group. Warp sums are added in warp order.
 template <typename T, typename R>
 __global__ void __launch_bounds__(32 * kDownWarps)
-    down_kernel(const T* __restrict__ in, const R* __restrict__ right, bool right_transposed,
-                float* __restrict__ out, int64_t m, int64_t c, int r, float scaling,
-                Dropout dropout, bool aligned) {
+    down_kernel(const __grid_constant__ DownGroup g, bool right_transposed, int64_t m) {
   Carve carve;
   float* sums = carve.take<float>(kDownWarps * kDownTokens * kDownRanks);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t first_token = static_cast<int64_t>(blockIdx.x) * kDownTokens;
-  const int first_rank = blockIdx.y * kDownRanks;
+  int member = 0;
+  while (member + 1 < g.count && static_cast<int>(blockIdx.y) >= g.first[member + 1]) ++member;
+  const Down& p = g.members[member];
+  const T* __restrict__ in = static_cast<const T*>(p.in);
+  const R* __restrict__ right = static_cast<const R*>(p.right);
+  const Dropout& dropout = p.dropout;
+  const int64_t c = p.c;
+  const int r = p.r;
+  const bool aligned = g.aligned[member];
+  const int first_rank = (static_cast<int>(blockIdx.y) - g.first[member]) * kDownRanks;
   const int64_t seed = dropout.seed != nullptr ? *dropout.seed : 0;
 
   float acc[kDownTokens][kDownRanks] = {};
@@ -98,7 +114,7 @@ __global__ void __launch_bounds__(32 * kDownWarps)
     for (int w = 0; w < kDownWarps; ++w) {
       total += sums[w * kDownTokens * kDownRanks + threadIdx.x];
     }
-    if (token < m && rank < r) out[token * r + rank] = scaling * total;
+    if (token < m && rank < r) p.out[token * r + rank] = p.scaling * total;
   }
 }
 
@@ -198,18 +214,24 @@ int64_t outer_chunks(const Outer& p) {
 
 }  // namespace
 
-int lora_down(const Down& p, cudaStream_t stream) {
+int lora_down(const Down* members, int count, const DownLaunch& p, cudaStream_t stream) {
+  DownGroup g = {};
+  g.count = count;
+  for (int i = 0; i < count; ++i) {
+    const Down& d = members[i];
+    g.members[i] = d;
+    g.first[i + 1] = g.first[i] + (d.r + kDownRanks - 1) / kDownRanks;
+    g.aligned[i] = d.c % 8 == 0 && aligned16(d.in) && aligned16(d.right);
+  }
   const dim3 grid(static_cast<unsigned>((p.m + kDownTokens - 1) / kDownTokens),
-                  static_cast<unsigned>((p.r + kDownRanks - 1) / kDownRanks));
+                  static_cast<unsigned>(g.first[count]));
   constexpr size_t kShared = kDownWarps * kDownTokens * kDownRanks * sizeof(float);
-  const bool aligned = p.c % 8 == 0 && aligned16(p.in) && aligned16(p.right);
   return with_dtype(p.in_dtype, [&](auto element) {
     using T = decltype(element);
     return with_dtype(p.right_dtype, [&](auto right) {
       using R = decltype(right);
-      return launch(down_kernel<T, R>, grid, dim3(32 * kDownWarps), kShared, stream,
-                    static_cast<const T*>(p.in), static_cast<const R*>(p.right), p.right_transposed,
-                    p.out, p.m, p.c, p.r, p.scaling, p.dropout, aligned);
+      return launch(down_kernel<T, R>, grid, dim3(32 * kDownWarps), kShared, stream, g,
+                    p.right_transposed, p.m);
     });
   });
 }

@@ -27,6 +27,35 @@ struct TileArguments {
   int64_t row_tiles, token_tiles;
 };
 
+// Up to kMaxMembers weights that share `in` and k, as one problem: member i has the tiles from
+// first[i] to first[i + 1], and every member holds the schedule of all. Which tile is whose is
+// data, so one launch fills the SMs even where each member alone has few rows (k and v of grouped
+// attention).
+struct GroupArguments {
+  int count;
+  int64_t first[kMaxMembers + 1];
+  TileArguments members[kMaxMembers];
+};
+
+// A tile as its own weight sees it.
+struct OwnTile {
+  const TileArguments& p;
+  int64_t tile;
+};
+__device__ __forceinline__ OwnTile own_tile(const TileArguments& p, int64_t tile) {
+  return {p, tile};
+}
+__device__ __forceinline__ OwnTile own_tile(const GroupArguments& g, int64_t tile) {
+  int i = 0;
+  while (i + 1 < g.count && tile >= g.first[i + 1]) ++i;
+  return {g.members[i], tile - g.first[i]};
+}
+// For what all members share: in, m, k, partial, schedule.
+__device__ __forceinline__ const TileArguments& shared_part(const TileArguments& p) { return p; }
+__device__ __forceinline__ const TileArguments& shared_part(const GroupArguments& g) {
+  return g.members[0];
+}
+
 template <typename S>
 using Accumulators = float[S::kRowTiles][S::kTokenTiles][4];
 
@@ -83,9 +112,10 @@ struct RawScale {
 // The body of a tile kernel. Kernel::Loader starts the copies of one step after the other,
 // Kernel::TileScales gives the scales of each step of a tile; start, step and finish work on the
 // accumulators before, in and after the reduction, and store writes a tile that is complete.
-template <typename Kernel>
-__device__ __forceinline__ void run_tiles(const TileArguments& p, int format) {
+template <typename Kernel, typename Arguments>
+__device__ __forceinline__ void run_tiles(const Arguments& all, int format) {
   using S = typename Kernel::S;
+  const TileArguments& common = shared_part(all);
   Carve carve;
   auto* table = carve.take<typename Kernel::Entry>(S::kTable / sizeof(typename Kernel::Entry), 128);
   float* map = carve.take<float>(S::kMap / 4);
@@ -93,24 +123,26 @@ __device__ __forceinline__ void run_tiles(const TileArguments& p, int format) {
   unsigned char* tokens = carve.take<unsigned char>(S::kStages * S::kTokenStage);
 
   const int64_t cta = blockIdx.x;
-  const int64_t count = p.schedule.count(cta);
-  typename Kernel::Loader loader(p, cta);
+  const int64_t count = common.schedule.count(cta);
+  typename Kernel::Loader loader(all, cta);
 #pragma unroll
   for (int stage = 0; stage < S::kStages - 1; ++stage) {
     if (stage < count) {
-      loader.load(p, weights + stage * S::kWeightStage, tokens + stage * S::kTokenStage);
+      loader.load(all, weights + stage * S::kWeightStage, tokens + stage * S::kTokenStage);
     }
     cp_async_commit();
   }
   Kernel::fill_table(table, format);
   for (int i = threadIdx.x; i < 256; i += S::kThreads) map[i] = kCodes8[0][i];
 
-  const bool is_nested = p.scales.nested_absmax != nullptr;
-  const float offset = is_nested ? p.scales.offset[0] : 0.0f;
-  Cursor at(p.schedule, cta);
+  Cursor at(common.schedule, cta);
   int stage = 0;
   for (int64_t done = 0; done < count;) {
-    const Place<S> place(p, at.tile);
+    const OwnTile own = own_tile(all, at.tile);
+    const TileArguments& p = own.p;
+    const bool is_nested = p.scales.nested_absmax != nullptr;
+    const float offset = is_nested ? p.scales.offset[0] : 0.0f;
+    const Place<S> place(p, own.tile);
     const int64_t to_end = at.steps - at.step, to_leave = count - done;
     const int steps = static_cast<int>(to_end < to_leave ? to_end : to_leave);
     typename Kernel::TileScales scales(p, place, at.step);
@@ -127,7 +159,7 @@ __device__ __forceinline__ void run_tiles(const TileArguments& p, int format) {
 #endif
       if (done + i + S::kStages - 1 < count) {
         const int to = stage == 0 ? S::kStages - 1 : stage - 1;
-        loader.load(p, weights + to * S::kWeightStage, tokens + to * S::kTokenStage);
+        loader.load(all, weights + to * S::kWeightStage, tokens + to * S::kTokenStage);
       }
       cp_async_commit();
       typename Kernel::Scale scale;
@@ -151,14 +183,16 @@ __device__ __forceinline__ void run_tiles(const TileArguments& p, int format) {
 }
 
 // The body of the second kernel: adds the partial results of one tile in CTA order.
-template <typename Kernel>
-__device__ __forceinline__ void run_sums(const TileArguments& p) {
+template <typename Kernel, typename Arguments>
+__device__ __forceinline__ void run_sums(const Arguments& all) {
   using S = typename Kernel::S;
   Accumulators<S> acc = {};
   const int64_t tile = blockIdx.x;
-  const int64_t first_token = Place<S>(p, tile).first_token();
+  const OwnTile own = own_tile(all, tile);
+  const TileArguments& p = own.p;
+  const int64_t first_token = Place<S>(p, own.tile).first_token();
   if (sum_partials<S>(acc, p.schedule, p.partial, tile, first_token, p.m)) {
-    Kernel::store(acc, p, Place<S>(p, tile));
+    Kernel::store(acc, p, Place<S>(p, own.tile));
   }
 }
 
@@ -184,14 +218,14 @@ size_t partial_bytes(const Schedule& s) {
   return s.whole_tiles ? 0 : 2 * s.ctas * sizeof(float) * S::kPartial;
 }
 
-template <typename S>
-int launch_tiles(void (*tile_kernel)(TileArguments, int), void (*sum_kernel)(TileArguments),
-                 const TileArguments& a, int format, cudaStream_t stream) {
+template <typename S, typename Arguments>
+int launch_tiles(void (*tile_kernel)(Arguments, int), void (*sum_kernel)(Arguments),
+                 const Arguments& a, const Schedule& schedule, int format, cudaStream_t stream) {
   const dim3 threads(S::kThreads);
   const int status =
-      launch(tile_kernel, dim3(a.schedule.ctas), threads, S::kShared, stream, a, format);
-  if (status != 0 || a.schedule.whole_tiles) return status;
-  return launch(sum_kernel, dim3(static_cast<unsigned>(a.schedule.tiles)), threads, 0, stream, a);
+      launch(tile_kernel, dim3(schedule.ctas), threads, S::kShared, stream, a, format);
+  if (status != 0 || schedule.whole_tiles) return status;
+  return launch(sum_kernel, dim3(static_cast<unsigned>(schedule.tiles)), threads, 0, stream, a);
 }
 
 // Whether the tensor-core kernels take the operands, forward or backward.

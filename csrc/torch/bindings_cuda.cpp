@@ -242,6 +242,54 @@ std::tuple<Tensor, Tensor> linear_lora(Tensor x, Tensor packed, Tensor absmax, M
   return {y, s};
 }
 
+using Tensors = std::vector<Tensor>;
+using Maybes = std::vector<Maybe>;
+
+std::tuple<Tensors, Tensors> linear_lora_group(Tensor x, Tensors packed, Tensors absmax,
+                                               Maybes nested, Maybes offset, Maybes bias,
+                                               Tensors lora_a, Tensors lora_b,
+                                               std::vector<double> scaling, double dropout_p,
+                                               Maybe seeds, int64_t block_size, int64_t format) {
+  const char* op = "linear_lora_group";
+  const Call call(op, x);
+  const Matrix in(op, "x", x);
+  const size_t count = packed.size();
+  check(absmax.size() == count && nested.size() == count && offset.size() == count &&
+            bias.size() == count && lora_a.size() == count && lora_b.size() == count &&
+            scaling.size() == count,
+        op, "every list must have ", count, " members");
+  if (dropout_p > 0.0) {
+    check(seeds && seeds->scalar_type() == ScalarType::Long &&
+              seeds->numel() == static_cast<int64_t>(count),
+          op, "seeds must be int64 [", count, "] when dropout_p > 0");
+  }
+  std::vector<Weight> weights;
+  std::vector<Lora> loras;
+  Maybes added;
+  Tensors ys, ss;
+  std::vector<nf4_member> members;
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t n = lora_b[i].size(0);
+    const auto at = static_cast<int64_t>(i);
+    const Maybe seed = seeds ? Maybe(torch::stable::narrow(*seeds, 0, at, 1)) : std::nullopt;
+    weights.emplace_back(op, call, packed[i], absmax[i], nested[i], offset[i], n, in.columns,
+                         block_size, format);
+    loras.emplace_back(op, call, lora_a[i], lora_b[i], n, in.columns, scaling[i], dropout_p, seed);
+    check(loras[i].value.dtype == loras[0].value.dtype, op, "all adapters must have one dtype");
+    added.push_back(bias_of(op, call, bias[i], in, n));
+    ys.push_back(in.like(n));
+    ss.push_back(in.like(loras[i].value.r, ScalarType::Float));
+    members.push_back({weights[i].value, data_of(added[i]), loras[i].value,
+                       ys[i].mutable_data_ptr(), static_cast<float*>(ss[i].mutable_data_ptr())});
+  }
+  const auto size = static_cast<int>(count);
+  const Tensor work =
+      call.workspace(nf4_cuda_linear_lora_group_workspace(members.data(), size, in.rows, in.dtype));
+  call.done(nf4_cuda_linear_lora_group(in.data(), members.data(), size, in.rows, in.dtype,
+                                       work.mutable_data_ptr(), call.stream()));
+  return {ys, ss};
+}
+
 std::tuple<Tensor, Tensor, Tensor> linear_lora_backward(
     Tensor grad_y, Tensor x, Tensor s, Tensor packed, Tensor absmax, Maybe nested, Maybe offset,
     Tensor lora_a, Tensor lora_b, double scaling, double dropout_p, Maybe seed, int64_t block_size,
@@ -282,6 +330,7 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_backward", TORCH_BOX(&linear_backward));
   m.impl("linear_lora", TORCH_BOX(&linear_lora));
+  m.impl("linear_lora_group", TORCH_BOX(&linear_lora_group));
   m.impl("linear_lora_backward", TORCH_BOX(&linear_lora_backward));
 }
 

@@ -50,6 +50,18 @@ class Lora(ctypes.Structure):
     ]
 
 
+class Member(ctypes.Structure):
+    """nf4_member of csrc/cuda/api.h."""
+
+    _fields_ = [
+        ("weight", Weight),
+        ("bias", c_void_p),
+        ("lora", Lora),
+        ("y", c_void_p),
+        ("s", c_void_p),
+    ]
+
+
 class Library:
     """One build of the emulated kernels."""
 
@@ -257,6 +269,48 @@ class Ops:
             reads=[x, *parts, bias, a, b, seed], writes=[y, s, work],
         )  # fmt: skip
         return y, s
+
+    def linear_lora_group(
+        self,
+        x: Tensor,
+        packed: list[Tensor],
+        absmax: list[Tensor],
+        nested_absmax: list[Tensor | None],
+        offset: list[Tensor | None],
+        bias: list[Tensor | None],
+        lora_a: list[Tensor],
+        lora_b: list[Tensor],
+        scaling: list[float],
+        dropout_p: float,
+        seeds: Tensor | None,
+        block_size: int,
+        format: int,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        x, k, count = x.contiguous(), x.shape[-1], len(packed)
+        m, dtype = x.numel() // k, DTYPES[x.dtype]
+        reads, ys, ss = [x, seeds], [], []
+        members = (Member * count)()
+        for i in range(count):
+            parts = (packed[i], absmax[i], nested_absmax[i], offset[i])
+            a, b = lora_a[i].contiguous(), lora_b[i].contiguous()
+            added = bias[i] if bias[i] is None else bias[i].to(x.dtype).contiguous()
+            seed = None if seeds is None else seeds[i : i + 1]
+            ys.append(torch.empty(*x.shape[:-1], b.shape[0], dtype=x.dtype))
+            ss.append(torch.empty(*x.shape[:-1], a.shape[0]))
+            lora = Lora(
+                _pointer(a), _pointer(b), _pointer(seed), scaling[i], dropout_p, a.shape[0],
+                DTYPES[a.dtype],
+            )  # fmt: skip
+            weight = self._weight(parts, b.shape[0], k, block_size, format)
+            members[i] = Member(weight, _pointer(added), lora, _pointer(ys[i]), _pointer(ss[i]))
+            reads += [*parts, a, b, added]
+        size = self.library.size("linear_lora_group", members, count, c_int64(m), dtype)
+        work = _workspace(size)
+        self.library.call(
+            "linear_lora_group", _pointer(x), members, count, c_int64(m), dtype, _pointer(work),
+            None, reads=reads, writes=[*ys, *ss, work],
+        )  # fmt: skip
+        return ys, ss
 
     def linear_lora_backward(
         self,
