@@ -55,6 +55,11 @@ def _hopper(tokens: int, tile: str, weights: str, elements: int) -> Target:
     return Target(name, "hopper_tile", kernel, "HGMMA", elements, tokens / 16, ("90a",))
 
 
+def _group(tokens: int, shape: str, elements: int, limit: float | None = None) -> Target:
+    kernel = rf"linear_group_kernel<__nv_bfloat16, .*Shape<{shape}>"
+    return Target(f"linear group, {tokens} tokens", "linear_group", kernel, "HMMA", elements, limit)
+
+
 TARGETS = (
     Target(
         "dequantize nf4 64 nested bf16", "dequantize",
@@ -80,6 +85,8 @@ TARGETS = (
     _hopper(256, "2, false, 5, false", "nf4", 16 * 128),
     _hopper(128, "1, true, 6, false", "16-bit", 16 * 64),
     _hopper(256, "2, true, 4, false", "16-bit", 16 * 64),
+    _group(8, "8, 1, 1, 1, 4, 3, 2, false", 16 * 256, 4.0),
+    _group(64, "4, 2, 2, 4, 1, 4, 1, false", 32 * 64),
     Target(
         "linear_backward, 128 tokens", "backward_tile",
         r"backward_tile_kernel<__nv_bfloat16, .*Shape<4, 2, 8, 4, true>", "HMMA", 64 * 32,
