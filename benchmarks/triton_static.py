@@ -262,12 +262,18 @@ def _weight(dtype: torch.dtype, n: int, k: int, block_size: int, format: int) ->
 
 
 def _lora_case(
-    dtype: torch.dtype, m: int, p: float, k: int = DIM, block_size: int = 64, format: int = 0
+    dtype: torch.dtype,
+    m: int,
+    p: float,
+    k: int = DIM,
+    block_size: int = 64,
+    format: int = 0,
+    r: int = RANK,
 ) -> None:
     """Every op of a LoRA layer, with float32 adapters as PEFT keeps them."""
     weight = _weight(dtype, DIM, k, block_size, format)
     x = torch.empty(m, k, dtype=dtype, device="meta")
-    a, b = torch.empty(RANK, k, device="meta"), torch.empty(DIM, RANK, device="meta")
+    a, b = torch.empty(r, k, device="meta"), torch.empty(DIM, r, device="meta")
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     grad_y = torch.empty(m, DIM, dtype=dtype, device="meta")
     layout = (block_size, format)
@@ -278,11 +284,27 @@ def _lora_case(
     ops.linear_lora_backward(grad_y, x, s, *weight, a, b, 2.0, p, seed, *layout, True, True)
 
 
+def _group_case(dtype: torch.dtype, m: int, p: float, ranks: tuple[int, ...]) -> None:
+    """Forward and backward of layers that share x."""
+    layout, count = (64, 0), len(ranks)
+    parts = zip(*(_weight(dtype, DIM, DIM, *layout) for _ in ranks), strict=True)
+    weights = tuple(list(part) for part in parts)
+    x = torch.empty(m, DIM, dtype=dtype, device="meta")
+    a = [torch.empty(r, DIM, device="meta") for r in ranks]
+    b = [torch.empty(DIM, r, device="meta") for r in ranks]
+    seeds = torch.empty(count, dtype=torch.int64, device="meta")
+    lora = (a, b, [2.0] * count, p, seeds)
+    grad_ys = [torch.empty(m, DIM, dtype=dtype, device="meta")] * count
+    _, ss = ops.linear_lora_group(x, *weights, [None] * count, *lora, *layout)
+    ops.linear_lora_group_backward(grad_ys, x, ss, *weights, *lora, *layout, True, True)
+
+
 @cache
 def plan(arch: int, everything: bool) -> list[tuple[str, Launch]]:
     """The launches to compile for an architecture: one a kernel, or all that differ."""
     dtype = torch.bfloat16 if arch >= 80 else torch.float16
-    cases = {"M=1": (dtype, 1, 0.0), "M=2048": (dtype, 2048, 0.05)}
+    cases: dict[str, tuple[Any, ...]] = {"M=1": (dtype, 1, 0.0), "M=2048": (dtype, 2048, 0.05)}
+    groups: dict[str, tuple[Any, ...]] = {}
     if everything:
         dtypes = (torch.float16, torch.bfloat16, torch.float32)
         for kind in dtypes if arch >= 80 else (torch.float16, torch.float32):
@@ -294,10 +316,14 @@ def plan(arch: int, everything: bool) -> list[tuple[str, Launch]]:
             cases[f"{name} M=64 fp4"] = (kind, 64, 0.0, DIM, 64, 1)
             cases[f"{name} M=64 dynamic8"] = (kind, 64, 0.0, DIM, 64, 2)
             cases[f"{name} M=5 K=3421"] = (kind, 5, 0.05, 3421)
+            for m in (16, 2048):
+                cases[f"{name} M={m} rank 64"] = (kind, m, 0.05, DIM, 64, 0, 64)
+                groups[f"{name} M={m} group"] = (kind, m, 0.0, (RANK,) * 3)
+                groups[f"{name} M={m} group, dropout"] = (kind, m, 0.05, (RANK,) * 3)
     found: dict[str, tuple[str, Launch]] = {}
-    for case, arguments in cases.items():
+    for case, arguments in [*cases.items(), *groups.items()]:
         with recording(Target(arch, SM_COUNT[arch])) as launches:
-            _lora_case(*arguments)
+            (_group_case if case in groups else _lora_case)(*arguments)
         for launch in launches:
             name = launch.kernel.fn.__name__
             # The specialized source holds everything that compilation depends on.

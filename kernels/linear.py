@@ -32,7 +32,8 @@ def add_lora(
     PRECISION: tl.constexpr,
 ):
     """The LoRA up-projection as further tiles of the reduction: acc + B (scaling s)^T."""
-    for start in range(0, r_end, BLOCK_R):
+    # Not pipelined: a second buffer would not fit beside the main loop's on sm_86.
+    for start in tl.range(0, r_end, BLOCK_R, num_stages=1):
         r = start + tl.arange(0, BLOCK_R)
         b = tl.load(b_ptr + row[:, None] * R + r[None, :], mask=r[None, :] < R, other=0.0)
         s = tl.load(s_ptr + token[None, :] * R + r[:, None], mask=r[:, None] < R, other=0.0)
@@ -126,10 +127,11 @@ def linear_kernel(
 
 @triton.jit
 def sum_partials_kernel(
-    partial_ptr,  # [COUNT, numel] float32
+    partial_ptr,  # float32 [COUNT, numel], the parts ``stride`` elements apart
     bias_ptr,  # [N] or None, added to each row of N
     out_ptr,  # [numel]
     numel,
+    stride,
     N,
     factor,
     COUNT: tl.constexpr,
@@ -141,7 +143,7 @@ def sum_partials_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     for _ in range(COUNT):
         total += tl.load(partial_ptr + element, mask=inside, other=0.0)
-        partial_ptr += numel
+        partial_ptr += stride
     total *= factor
     if bias_ptr is not None:
         total += tl.load(bias_ptr + element % N, mask=inside, other=0.0).to(tl.float32)

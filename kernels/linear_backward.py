@@ -56,7 +56,7 @@ def linear_backward_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     if ds_ptr is not None:
         r_end = tl.where(split == 0, R, 0)
-        for start in range(0, r_end, BLOCK_R):
+        for start in tl.range(0, r_end, BLOCK_R, num_stages=1):  # see linear.add_lora
             r = start + tl.arange(0, BLOCK_R)
             ds = tl.load(ds_ptr + token[:, None] * R + r[None, :], mask=r[None, :] < R, other=0.0)
             a_offset = r.to(tl.int64)[:, None] * K + k[None, :]

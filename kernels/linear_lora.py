@@ -11,18 +11,20 @@ import triton
 import triton.language as tl
 
 from nf4.kernels._dropout import keep
+from nf4.kernels._stack import stack_rows
 
 
 @triton.jit(do_not_specialize_on_alignment=["M"])
 def lora_down_kernel(
     x_ptr,  # [M, K]
-    a_ptr,  # [R, K] any float
-    seed_ptr,  # [1] int64 or None for no dropout
+    a_ptr,  # [rows, K] any float: the A of all members, stacked
+    table_ptr,  # of kernels/_stack.py, or None for a single member
+    seed_ptr,  # [members] int64 or None for no dropout
     threshold,  # words below it are dropped
-    out_ptr,  # float32 [SPLIT, M, R]
+    out_ptr,  # float32 [SPLIT, M * R]: a member's [M, rank] after the other
     M,
     K,
-    R,
+    R,  # rows of all members
     factor,  # 1 / (1 - dropout_p) of the only split; partial sums take it when they are added
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -34,10 +36,10 @@ def lora_down_kernel(
 ):
     """factor * dropout(x) A^T over one slice of K."""
     split = tl.program_id(2)
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     token = tl.minimum(m, M - 1).to(tl.int64)
-    row = tl.minimum(r, R - 1).to(tl.int64)
+    tile_r = tl.program_id(0)
+    member, exists, row, column, rank = stack_rows(table_ptr, tile_r, R, BLOCK_R)
     tiles = tl.cdiv(K, BLOCK_K)
     each = (tiles + SPLIT - 1) // SPLIT
     start = split * each
@@ -46,12 +48,13 @@ def lora_down_kernel(
         k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptr + token[:, None] * K + k[None, :], mask=k[None, :] < K, other=0.0)
         if seed_ptr is not None:
-            kept = keep(seed_ptr, threshold, token, tile * BLOCK_K, K, BLOCK_K, WHOLE)
+            kept = keep(seed_ptr + member, threshold, token, tile * BLOCK_K, K, BLOCK_K, WHOLE)
             x = tl.where(kept, x, 0.0)
         a = tl.load(a_ptr + row[None, :] * K + k[:, None], mask=k[:, None] < K, other=0.0)
         acc = tl.dot(x.to(DTYPE), a.to(DTYPE), acc, input_precision=PRECISION)
-    element = (split.to(tl.int64) * M + token[:, None]) * R + row[None, :]
-    tl.store(out_ptr + element, acc * factor, mask=(m[:, None] < M) & (r[None, :] < R))
+    element = (split.to(tl.int64) * R + (row - column)[None, :]) * M
+    element += token[:, None] * rank[None, :] + column[None, :]
+    tl.store(out_ptr + element, acc * factor, mask=(m[:, None] < M) & exists[None, :])
 
 
 @triton.jit(do_not_specialize_on_alignment=["M"])
@@ -101,7 +104,7 @@ def dense_lora_kernel(
     column = tl.minimum(n, N - 1).to(tl.int64)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, R, BLOCK_R):
+    for start in tl.range(0, R, BLOCK_R, num_stages=1):  # see linear.add_lora
         r = start + tl.arange(0, BLOCK_R)
         u = tl.load(u_ptr + token[:, None] * R + r[None, :], mask=r[None, :] < R, other=0.0)
         v_offset = r.to(tl.int64)[:, None] * stride_vr + column[None, :] * stride_vn

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from nf4.kernels._dropout import keep
+from nf4.kernels._stack import stack_rows
 
 
 @triton.jit(do_not_specialize_on_alignment=["M"])
@@ -59,13 +60,14 @@ def lora_grad_y_kernel(
 @triton.jit(do_not_specialize_on_alignment=["M"])
 def lora_grad_a_kernel(
     x_ptr,  # [M, K]
-    ds_ptr,  # [M, R] float32
-    seed_ptr,  # [1] int64 or None for no dropout
+    ds_ptr,  # float32 [M * R]: a member's [M, rank] after the other
+    table_ptr,  # of kernels/_stack.py, or None for a single member
+    seed_ptr,  # [members] int64 or None for no dropout
     threshold,
     da_ptr,  # float32 [SLICES, R, K]
     M,
     K,
-    R,
+    R,  # rows of all members
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -75,11 +77,13 @@ def lora_grad_a_kernel(
     PRECISION: tl.constexpr,
 ):
     """Partial sums of ds^T mask(x)."""
-    start_k = tl.program_id(0) * BLOCK_K
+    start_k = tl.program_id(1) * BLOCK_K
     part = tl.program_id(2).to(tl.int64)
     k = start_k + tl.arange(0, BLOCK_K)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    inside_k, inside_r = k < K, r < R
+    tile_r = tl.program_id(0)
+    member, exists, row, column, rank = stack_rows(table_ptr, tile_r, R, BLOCK_R)
+    inside_k = k < K
+    ds_row_ptr = ds_ptr + M * (row - column) + column  # [BLOCK_R]
     da = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     tiles = tl.cdiv(M, BLOCK_M)
     each = (tiles + SLICES - 1) // SLICES
@@ -89,10 +93,12 @@ def lora_grad_a_kernel(
         inside_x = inside_m[:, None] & inside_k[None, :]
         x = tl.load(x_ptr + m[:, None] * K + k[None, :], mask=inside_x, other=0.0)
         if seed_ptr is not None:
-            x = tl.where(keep(seed_ptr, threshold, m, start_k, K, BLOCK_K, WHOLE), x, 0.0)
-        inside_s = inside_m[None, :] & inside_r[:, None]
-        ds = tl.load(ds_ptr + m[None, :] * R + r[:, None], mask=inside_s, other=0.0)
+            kept = keep(seed_ptr + member, threshold, m, start_k, K, BLOCK_K, WHOLE)
+            x = tl.where(kept, x, 0.0)
+        inside_s = inside_m[None, :] & exists[:, None]
+        ds_tile_ptr = ds_row_ptr[:, None] + m[None, :] * rank[:, None]
+        ds = tl.load(ds_tile_ptr, mask=inside_s, other=0.0)
         da = tl.dot(ds.to(DTYPE), x.to(DTYPE), da, input_precision=PRECISION)
-    a_offset = r.to(tl.int64)[:, None] * K + k[None, :]
-    inside_a = inside_r[:, None] & inside_k[None, :]
+    a_offset = row[:, None] * K + k[None, :]
+    inside_a = exists[:, None] & inside_k[None, :]
     tl.store(da_ptr + part * R * K + a_offset, da, mask=inside_a)

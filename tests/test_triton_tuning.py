@@ -311,7 +311,7 @@ def test_search_drops_what_is_wrong_or_fails(monkeypatch: pytest.MonkeyPatch) ->
             raise RuntimeError("PassManager::run failed")
         return fused(x, w, config, *rest)
 
-    monkeypatch.setattr("nf4.backends.triton.fused_linear", broken)
+    monkeypatch.setattr("nf4.backends.triton_linear.fused_linear", broken)
     calls = 0
 
     def clock(_: Sequence[Callable[[], torch.Tensor]]) -> float:
@@ -329,7 +329,7 @@ def test_search_drops_what_is_wrong_or_fails(monkeypatch: pytest.MonkeyPatch) ->
     def dead(*_: Any) -> torch.Tensor:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr("nf4.backends.triton.fused_linear", dead)
+    monkeypatch.setattr("nf4.backends.triton_linear.fused_linear", dead)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         tune.search(problem, torch.device("cpu"), clock, rotated_bytes=0)
 

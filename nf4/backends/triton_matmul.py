@@ -51,7 +51,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Dropout:
-    """Which elements of x are dropped; ``seed`` None for none."""
+    """Which elements of x are dropped; ``seed`` None for none, else one for each member."""
 
     seed: Tensor | None = None
     p: float = 0.0
@@ -60,6 +60,10 @@ class Dropout:
     def of(cls, p: float, seed: Tensor | None) -> Dropout:
         """No dropout unless both are given, as the reference has it."""
         return cls() if p == 0.0 or seed is None else cls(seed, p)
+
+    def member(self, index: int) -> Dropout:
+        """The dropout of one member of a group."""
+        return self if self.seed is None else Dropout(self.seed[index : index + 1], self.p)
 
     @property
     def factor(self) -> float:
@@ -89,7 +93,7 @@ def _language(dtype: torch.dtype) -> Any:
     return names[dtype]
 
 
-def _products(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def products(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """The dtype that products are taken in, and the precision of float32 ones."""
     # Below compute capability 8.0 bfloat16 has no arithmetic.
     wide = dtype is torch.float32 or (dtype is torch.bfloat16 and target_of(device).capability < 80)
@@ -98,10 +102,19 @@ def _products(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
 
 
 def sum_partials(
-    partial: Tensor, shape: tuple[int, ...], dtype: torch.dtype, factor: float, bias: Tensor | None
+    partial: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    factor: float,
+    bias: Tensor | None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """``factor`` times the sum over the first dimension, in order, plus bias."""
-    out = torch.empty(shape, dtype=dtype, device=partial.device)
+    """``factor`` times the sum over the first dimension, in order, plus bias.
+
+    The parts are contiguous, and may lie in a larger buffer.
+    """
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=partial.device)
     launch(
         kernel("linear", "sum_partials_kernel"),
         (cdiv(out.numel(), tuning.SUM_BLOCK),),
@@ -110,6 +123,7 @@ def sum_partials(
             "bias_ptr": bias,
             "out_ptr": out,
             "numel": out.numel(),
+            "stride": partial.stride(0),
             "N": shape[-1],
             "factor": factor,
             "COUNT": partial.shape[0],
@@ -140,8 +154,8 @@ def fused_linear(
     m, device = x.shape[0], x.device
     split = config.split
     out = _output(x, w.n, split)
-    products = _products(x.dtype, device)
-    code_dtype = torch.float32 if products["PRECISION"] else x.dtype
+    arithmetic = products(x.dtype, device)
+    code_dtype = torch.float32 if arithmetic["PRECISION"] else x.dtype
     r = 1 if s is None else s.shape[1]
     launch(
         kernel("linear", "linear_kernel"),
@@ -162,10 +176,10 @@ def fused_linear(
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "BLOCK_K": config.block_k,
-            "BLOCK_R": tuning.lora_tile(r),
+            "BLOCK_R": tuning.up_tile(r),
             "SPLIT": split,
             "PERMUTE": config.permute,
-            **products,
+            **arithmetic,
             **decoder(w.format, code_dtype),
         },
         device,
@@ -188,8 +202,8 @@ def fused_backward(
     dropout = dropout or Dropout()
     split = config.split
     out = _output(grad_y, w.k, split)
-    products = _products(grad_y.dtype, device)
-    code_dtype = torch.float32 if products["PRECISION"] else torch.float16
+    arithmetic = products(grad_y.dtype, device)
+    code_dtype = torch.float32 if arithmetic["PRECISION"] else torch.float16
     r = 1 if ds is None else ds.shape[1]
     launch(
         kernel("linear_backward", "linear_backward_kernel"),
@@ -209,10 +223,10 @@ def fused_backward(
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "BLOCK_K": config.block_k,
-            "BLOCK_R": tuning.lora_tile(r),
+            "BLOCK_R": tuning.up_tile(r),
             "SPLIT": split,
             "CODE_DTYPE": _language(code_dtype),
-            **products,
+            **arithmetic,
             **decoder(w.format, code_dtype),
         },
         device,
@@ -265,122 +279,13 @@ def dense_lora(
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "BLOCK_K": config.block_k,
-            "BLOCK_R": tuning.lora_tile(u.shape[1]),
+            "BLOCK_R": tuning.up_tile(u.shape[1]),
             "GROUP": 8,
             "EVEN": k % config.block_k == 0,
-            **_products(dtype, u.device),
+            **products(dtype, u.device),
         },
         u.device,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
     return out
-
-
-def lora_down(x: Tensor, lora_a: Tensor, dropout: Dropout) -> Tensor:
-    """dropout(x) lora_a^T: float32 [M, R]. Adapters that share x are stacked by rows of lora_a."""
-    m, k = x.shape
-    r = lora_a.shape[0]
-    config = tuning.lora_down(m, k, r, x.dtype.itemsize, target_of(x.device))
-    out = x.new_empty(config.split, m, r, dtype=torch.float32)
-    arguments = dropout.arguments(k)
-    if config.split > 1:
-        arguments["factor"] = 1.0
-    launch(
-        kernel("linear_lora", "lora_down_kernel"),
-        (cdiv(m, config.block_m), cdiv(r, config.block_n), config.split),
-        {
-            "x_ptr": x,
-            "a_ptr": lora_a,
-            **arguments,
-            "out_ptr": out,
-            "M": m,
-            "K": k,
-            "R": r,
-            "BLOCK_M": config.block_m,
-            "BLOCK_R": config.block_n,
-            "BLOCK_K": config.block_k,
-            "SPLIT": config.split,
-            **_products(x.dtype, x.device),
-        },
-        x.device,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    if config.split == 1:
-        return out[0]
-    return sum_partials(out, (m, r), torch.float32, dropout.factor, None)
-
-
-def lora_grad_y(
-    grad_y: Tensor, s: Tensor | None, lora_b: Tensor, scaling: float
-) -> tuple[Tensor, Tensor | None]:
-    """ds = scaling * grad_y lora_b, float32 [M, R]; with s also dB = scaling * grad_y^T s."""
-    m, n = grad_y.shape
-    r, device = lora_b.shape[1], grad_y.device
-    config = tuning.lora_grad(m, n, r, False, grad_y.dtype.itemsize, target_of(device))
-    tiles = cdiv(n, config.block_n)
-    ds = grad_y.new_empty(tiles, m, r, dtype=torch.float32)
-    db = grad_y.new_empty(config.split, n, r, dtype=torch.float32) if s is not None else None
-    tile_r = tuning.lora_tile(r)
-    launch(
-        kernel("linear_lora_backward", "lora_grad_y_kernel"),
-        (tiles, cdiv(r, tile_r), config.split),
-        {
-            "g_ptr": grad_y,
-            "s_ptr": s,
-            "b_ptr": lora_b,
-            "ds_ptr": ds,
-            "db_ptr": ds if db is None else db,
-            "M": m,
-            "N": n,
-            "R": r,
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "BLOCK_R": tile_r,
-            "SLICES": config.split,
-            **_products(grad_y.dtype, device),
-        },
-        device,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    full = sum_partials(ds, (m, r), torch.float32, scaling, None)
-    if db is None:
-        return full, None
-    return full, sum_partials(db, (n, r), lora_b.dtype, scaling, None)
-
-
-def lora_grad_a(x: Tensor, ds: Tensor, dropout: Dropout, dtype: torch.dtype) -> Tensor:
-    """dA = ds^T dropout(x): [R, K]."""
-    m, k = x.shape
-    r = ds.shape[1]
-    config = tuning.lora_grad(
-        m, k, r, dropout.seed is not None, x.dtype.itemsize, target_of(x.device)
-    )
-    tile_r = tuning.lora_tile(r)
-    da = x.new_empty(config.split, r, k, dtype=torch.float32)
-    arguments = dropout.arguments(k)
-    factor = arguments.pop("factor")
-    launch(
-        kernel("linear_lora_backward", "lora_grad_a_kernel"),
-        (cdiv(k, config.block_n), cdiv(r, tile_r), config.split),
-        {
-            "x_ptr": x,
-            "ds_ptr": ds,
-            **arguments,
-            "da_ptr": da,
-            "M": m,
-            "K": k,
-            "R": r,
-            "BLOCK_M": config.block_m,
-            "BLOCK_K": config.block_n,
-            "BLOCK_R": tile_r,
-            "SLICES": config.split,
-            **_products(x.dtype, x.device),
-        },
-        x.device,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    return sum_partials(da, (r, k), dtype, factor, None)

@@ -83,6 +83,11 @@ def lora_tile(r: int) -> int:
     return min(max(_ceil_pow2(r), 16), 64)
 
 
+def up_tile(r: int) -> int:
+    """The same for the up-projection, which shares its registers with a tile of the output."""
+    return min(lora_tile(r), 32)
+
+
 def tensor_cores(itemsize: int, target: Target) -> bool:
     """Whether Triton multiplies this type on tensor cores.
 
@@ -226,7 +231,8 @@ def lora_down(m: int, k: int, r: int, itemsize: int, target: Target) -> MatmulCo
     block_n = lora_tile(r)
     if tensor_cores(itemsize, target):
         block_m = 16 if m <= 16 else 64
-        block_k, warps, stages = 128, 4, 3
+        # 64 columns of a float32 A take 32 KiB a stage with 128 rows, too much for sm_86.
+        block_k, warps, stages = 64 if block_n == 64 else 128, 4, 3
     else:
         block_m, block_k, warps, stages = 16, 32, 4, 2
     programs = -(-m // block_m) * -(-r // block_n)
@@ -244,6 +250,9 @@ def lora_grad(
     elif tensor_cores(itemsize, target):
         # Partial sums of ds take 8 r / block_n bytes an element of grad_y, a quarter at r = 16.
         block_m, block_n, warps, stages = 64, 128, 4, 2
+        if lora_tile(r) == 64:
+            # 64 rows, or the random words of 128 columns, spill beside an accumulator that wide.
+            block_m, block_n = 32, 64 if dropout else 128
     else:
         block_m, block_n, warps, stages = 16, 32, 4, 2
     programs = -(-features // block_n) * -(-r // lora_tile(r))
