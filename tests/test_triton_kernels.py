@@ -235,3 +235,54 @@ def test_plans_are_valid(block_size: int) -> None:
                         assert plan.split >= 1 and plan.split & (plan.split - 1) == 0
         blocked = tuning.Shape(1, 64, 100, block_size, False, 2)
         assert tuning.linear(blocked, target) is None
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_a_group_reads_x_once(p: float) -> None:
+    """One down-projection and one dA for all members, whatever their masks."""
+    layout, ranks = (64, formats.NF4.id), (16, 16, 8)
+    with triton_launch.recording(tuning.Target(90, 132)) as launches:
+        dense = torch.empty(128, 256, device="meta")
+        packed, absmax = backend_module.quantize(dense, *layout)
+        x = torch.empty(512, 256, dtype=torch.bfloat16, device="meta")
+        seeds = torch.empty(3, dtype=torch.int64, device="meta")
+        lora = (
+            [torch.empty(r, 256, device="meta") for r in ranks],
+            [torch.empty(128, r, device="meta") for r in ranks],
+            [1.0] * 3,
+            p,
+            seeds,
+        )
+        weights = ([packed] * 3, [absmax] * 3, [None] * 3, [None] * 3)
+        ys, ss = backend_module.linear_lora_group(x, *weights, [None] * 3, *lora, *layout)
+        backend_module.linear_lora_group_backward(
+            ys, x, ss, *weights, *lora, *layout, needs_dx=True, needs_dab=True
+        )
+    names = [launch.kernel.fn.__name__ for launch in launches]
+    assert names.count("lora_down_kernel") == names.count("lora_grad_a_kernel") == 1
+    # Results of an op must not share memory: torch refuses them under compilation.
+    assert len({id(s.untyped_storage()) for s in ss}) == 3
+
+
+@interpreted
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_stack_of_many_ranks(p: float) -> None:
+    """Tiles that hold parts of several members, a member in several tiles, and short ones."""
+    from nf4.backends.triton_lora import Stack, lora_down, lora_grad_a
+    from nf4.backends.triton_matmul import Dropout
+
+    ranks, m, k = (40, 1, 70, 9), 21, 72
+    seeds = torch.randint(2**62, (4,))
+    stack = Stack(ranks, Dropout.of(p, seeds))
+    x, stacked = torch.randn(m, k), torch.randn(sum(ranks), k)
+    ss = lora_down(x, stacked, stack)
+    ds = torch.randn(m * sum(ranks))
+    das = lora_grad_a(x, ds, stack, torch.float32)
+    for i, (s, da) in enumerate(zip(ss, das, strict=True)):
+        first = sum(ranks[:i])
+        mask = reference.dropout_mask(x.shape, p, seeds[i : i + 1]) if p else torch.ones_like(x)
+        dropped = x.double() * mask.double()
+        member_ds = ds[m * first : m * (first + ranks[i])].view(m, ranks[i]).double()
+        expected = dropped @ stacked[first : first + ranks[i]].double().t()
+        torch.testing.assert_close(s.double(), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(da.double(), member_ds.t() @ dropped, rtol=1e-4, atol=1e-4)
