@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,10 +47,14 @@ def missing() -> str | None:
     return None
 
 
-def build(mode: str, plant: str | None = None) -> Path:
-    """The library of one mode, compiled on first use; ``plant`` defines NF4_PLANT_<name>."""
+def build(mode: str, plant: str | None = None, kernels: Sequence[Path] | None = None) -> Path:
+    """The library of one mode, compiled on first use; ``plant`` defines NF4_PLANT_<name>.
+
+    ``kernels`` are the files to compile, by default all of csrc/cuda.
+    """
     kernel_flags, runtime_flags = MODES[mode]
-    kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    if kernels is None:
+        kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     runtime = sorted(HERE.glob("*.cpp"))
     headers = [
         *(ROOT / "csrc" / "cuda").glob("*.*h"),

@@ -1,0 +1,225 @@
+// One wrapper of ptx.cuh or hopper.cuh a function, on plain inputs: what tests/test_cuda_golden.py
+// compares with arithmetic, on a GPU (nvcc) and under emulation (g++) alike.
+#include "shared.cuh"
+#include "tensor_map.cuh"
+#include "vector.cuh"
+
+namespace nf4::cuda {
+namespace {
+
+template <typename T>
+__global__ void mma_kernel(const uint32_t* a, const uint32_t* b, float* c) {
+  uint32_t a_own[4], b_own[2];
+  float c_own[4];
+  for (int i = 0; i < 4; ++i) a_own[i] = a[threadIdx.x * 4 + i];
+  for (int i = 0; i < 2; ++i) b_own[i] = b[threadIdx.x * 2 + i];
+  for (int i = 0; i < 4; ++i) c_own[i] = c[threadIdx.x * 4 + i];
+  mma_m16n8k16<T>(c_own, a_own, b_own);
+  for (int i = 0; i < 4; ++i) c[threadIdx.x * 4 + i] = c_own[i];
+}
+
+template <bool kTranspose>
+__global__ void load_matrix_kernel(const uint4* rows, uint32_t* out) {
+  Carve carve;
+  uint4* shared = carve.take<uint4>(32);
+  shared[threadIdx.x] = rows[threadIdx.x];
+  __syncthreads();
+  uint32_t own[4];
+  load_matrix_x4<kTranspose>(own, shared + threadIdx.x);
+  for (int i = 0; i < 4; ++i) out[threadIdx.x * 4 + i] = own[i];
+}
+
+// Thread i copies 16 bytes of which i % 17 count; out is what shared memory holds afterwards.
+__global__ void cp_async_kernel(const uint4* in, uint4* out) {
+  Carve carve;
+  uint4* shared = carve.take<uint4>(64);
+  for (int group = 0; group < 2; ++group) {
+    const int i = group * 32 + threadIdx.x;
+    cp_async16(shared + i, in + i, i % 17);
+    cp_async_commit();
+  }
+  cp_async_wait<1>();
+  __syncthreads();
+  out[31 - threadIdx.x] = shared[31 - threadIdx.x];
+  cp_async_wait<0>();
+  __syncthreads();
+  out[63 - threadIdx.x] = shared[63 - threadIdx.x];
+}
+
+__global__ void and_or_kernel(const uint32_t* in, uint32_t* out) {
+  const uint32_t* own = in + 3 * threadIdx.x;
+  out[threadIdx.x] = and_or(own[0], own[1], own[2]);
+}
+
+// Two warps hand each other a number, phase after phase: out[phase][warp] is the other's.
+__global__ void mbarrier_kernel(const int* in, int* out, int phases) {
+#if defined(NF4_HOPPER_CODE)
+  Carve carve;
+  int* slots = carve.take<int>(4);
+  auto* barrier = carve.take<Mbarrier>(2);
+  if (threadIdx.x == 0) {
+    mbarrier_init(barrier, 2);
+    mbarrier_init_done();
+  }
+  __syncthreads();
+  const int warp = threadIdx.x / 32;
+  if (threadIdx.x % 32 != 0) return;
+  for (int phase = 0; phase < phases; ++phase) {
+    slots[phase % 2 * 2 + warp] = in[phase * 2 + warp];
+    mbarrier_arrive(barrier);
+    mbarrier_wait(barrier, phase % 2);
+    out[phase * 2 + warp] = slots[phase % 2 * 2 + 1 - warp];
+  }
+#endif
+}
+
+// One box as it lies in shared memory.
+__global__ void tma_kernel(const __grid_constant__ TensorMap map, uint4* out, int bytes, int dims,
+                           int c0, int c1, int c3) {
+#if defined(NF4_HOPPER_CODE)
+  Carve carve;
+  auto* box = carve.take<unsigned char>(16384, 1024);
+  auto* barrier = carve.take<Mbarrier>(2);
+  if (threadIdx.x == 0) {
+    mbarrier_init(barrier, 1);
+    mbarrier_init_done();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_expect(barrier, bytes);
+    if (dims == 2) {
+      tma_load(box, map, barrier, c0, c1);
+    } else {
+      tma_load(box, map, barrier, c0, 0, 0, c3);
+    }
+  }
+  mbarrier_wait(barrier, 0);
+  for (int i = threadIdx.x; i < bytes / 16; i += 32) out[i] = reinterpret_cast<uint4*>(box)[i];
+#endif
+}
+
+// d [128 threads][64] = w [64, k] x [128, k]^T over steps of 64 of k that reuse one stage; w from
+// shared memory, or as fragments a [step][4][128 threads][4].
+template <typename T, bool kFragments>
+__global__ void __launch_bounds__(128)
+    wgmma_kernel(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,
+                 const uint32_t* a, float* d, int steps) {
+#if defined(NF4_HOPPER_CODE)
+  Carve carve;
+  auto* x = carve.take<unsigned char>(16384, 1024);
+  auto* w = carve.take<unsigned char>(8192, 1024);
+  auto* barrier = carve.take<Mbarrier>(2);
+  if (threadIdx.x == 0) {
+    mbarrier_init(barrier, 1);
+    mbarrier_init_done();
+  }
+  __syncthreads();
+  float acc[16][4] = {};
+  for (int step = 0; step < steps; ++step) {
+    if (threadIdx.x == 0) {
+      mbarrier_arrive_expect(barrier, 16384 + 8192);
+      tma_load(x, x_map, barrier, step * 64, 0);
+      tma_load(w, w_map, barrier, step * 64, 0);
+    }
+    uint32_t own[4][4] = {};
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+#pragma unroll
+      for (int i = 0; i < 4 && kFragments; ++i) {
+        own[c][i] = a[((step * 4 + c) * 128 + threadIdx.x) * 4 + i];
+      }
+      wgmma_pin(own[c]);
+    }
+    mbarrier_wait(barrier, step % 2);
+    wgmma_fence();
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const uint64_t b = moved(shared_matrix(x), c * 32);
+      if constexpr (kFragments) {
+        wgmma_m64n128k16<T>(acc, own[c], b);
+      } else {
+        wgmma_m64n128k16<T>(acc, moved(shared_matrix(w), c * 32), b);
+      }
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+#pragma unroll
+    for (int c = 0; c < 4; ++c) wgmma_pin(own[c]);
+    __syncthreads();
+  }
+  wgmma_results(acc);
+#pragma unroll
+  for (int i = 0; i < 64; ++i) d[threadIdx.x * 64 + i] = acc[i / 4][i % 4];
+#endif
+}
+
+template <typename T>
+int wgmma_probe(const void* x, const void* w, const uint32_t* a, float* d, int64_t k) {
+  const auto columns = static_cast<uint64_t>(k);
+  TensorMap x_map, w_map;
+  int status = encode({x, 2, 2, {columns, 128}, {columns * 2}, {64, 128}, Swizzle::k128}, &x_map);
+  if (status != 0) return status;
+  status = encode({w, 2, 2, {columns, 64}, {columns * 2}, {64, 64}, Swizzle::k128}, &w_map);
+  if (status != 0) return status;
+  return launch(a != nullptr ? wgmma_kernel<T, true> : wgmma_kernel<T, false>, dim3(1), dim3(128),
+                16384 + 8192 + 16, nullptr, x_map, w_map, a, d, static_cast<int>((k + 63) / 64));
+}
+
+}  // namespace
+}  // namespace nf4::cuda
+
+using namespace nf4::cuda;
+
+extern "C" {
+int probe_mma(const void* a, const void* b, void* c, int is_bf16) {
+  return launch(is_bf16 ? mma_kernel<__nv_bfloat16> : mma_kernel<__half>, dim3(1), dim3(32), 0,
+                nullptr, static_cast<const uint32_t*>(a), static_cast<const uint32_t*>(b),
+                static_cast<float*>(c));
+}
+int probe_load_matrix(const void* rows, void* out, int transpose) {
+  return launch(transpose ? load_matrix_kernel<true> : load_matrix_kernel<false>, dim3(1), dim3(32),
+                512, nullptr, static_cast<const uint4*>(rows), static_cast<uint32_t*>(out));
+}
+int probe_cp_async(const void* in, void* out) {
+  return launch(cp_async_kernel, dim3(1), dim3(32), 1024, nullptr, static_cast<const uint4*>(in),
+                static_cast<uint4*>(out));
+}
+int probe_and_or(const void* in, void* out) {
+  return launch(and_or_kernel, dim3(1), dim3(32), 0, nullptr, static_cast<const uint32_t*>(in),
+                static_cast<uint32_t*>(out));
+}
+int probe_mbarrier(const void* in, void* out, int phases) {
+  return launch(mbarrier_kernel, dim3(1), dim3(64), 32, nullptr, static_cast<const int*>(in),
+                static_cast<int*>(out), phases);
+}
+// A box of 32 bytes by 128 rows (uint8) at (c0, c1) of in [rows, columns].
+int probe_tma_32(const void* in, void* out, int64_t rows, int64_t columns, int c0, int c1) {
+  TensorMap map;
+  const auto width = static_cast<uint64_t>(columns), height = static_cast<uint64_t>(rows);
+  const int status = encode({in, 1, 2, {width, height}, {width}, {32, 128}, Swizzle::k32}, &map);
+  return status != 0 ? status
+                     : launch(tma_kernel, dim3(1), dim3(32), 16384 + 16, nullptr, map,
+                              static_cast<uint4*>(out), 32 * 128, 2, c0, c1, 0);
+}
+// 64 elements of 2 bytes by 128 rows of in [rows, columns], of each 16 rows the even ones first.
+int probe_tma_128(const void* in, void* out, int64_t rows, int64_t columns, int c0, int c3) {
+  TensorMap map;
+  const auto width = static_cast<uint64_t>(columns), height = static_cast<uint64_t>(rows);
+  const int status = encode({in,
+                             2,
+                             4,
+                             {width, 8, 2, height / 16},
+                             {width * 4, width * 2, width * 32},
+                             {64, 8, 2, 8},
+                             Swizzle::k128},
+                            &map);
+  return status != 0 ? status
+                     : launch(tma_kernel, dim3(1), dim3(32), 16384 + 16, nullptr, map,
+                              static_cast<uint4*>(out), 16384, 4, c0, 0, c3);
+}
+int probe_wgmma(const void* x, const void* w, const void* a, void* d, int64_t k, int is_bf16) {
+  const auto* fragments = static_cast<const uint32_t*>(a);
+  return is_bf16 ? wgmma_probe<__nv_bfloat16>(x, w, fragments, static_cast<float*>(d), k)
+                 : wgmma_probe<__half>(x, w, fragments, static_cast<float*>(d), k);
+}
+}
