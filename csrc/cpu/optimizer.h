@@ -51,12 +51,11 @@ inline Largest update_moments(const float* g, const float* m, const float* v, co
           bits_float(static_cast<uint32_t>(reduce_max(largest_v)))};
 }
 
-inline void update_parameters(const float* m, const float* v, const AdamWVectors& s, float* p) {
-  for (int64_t i = 0; i < kStateBlock; i += kWidth) {
-    const F denominator = add(mul(sqrt(load(v + i)), s.inverse_c2), s.eps);
-    const F ratio = div(load(m + i), denominator);
-    store(p + i, sub(mul(load(p + i), s.decay), mul(s.step_size, ratio)));
-  }
+// One vector of parameters.
+inline void update_vector(const float* m, const float* v, const AdamWVectors& s, float* p) {
+  const F denominator = add(mul(sqrt(load(v)), s.inverse_c2), s.eps);
+  const F ratio = div(load(m), denominator);
+  store(p, sub(mul(load(p), s.decay), mul(s.step_size, ratio)));
 }
 
 inline float inverse_of(float absmax) {
@@ -116,14 +115,6 @@ inline const uint8_t* codes_of(const uint8_t* codes, int64_t count, uint8_t zero
   return buffer;
 }
 
-template <bool kSigned>
-void write_codes(const float* x, float absmax, int64_t count, uint8_t* codes) {
-  if (count == kStateBlock) return encode_block<kSigned>(x, inverse_of(absmax), codes);
-  alignas(64) uint8_t whole[kStateBlock];
-  encode_block<kSigned>(x, inverse_of(absmax), whole);
-  for (int64_t i = 0; i < count; ++i) codes[i] = whole[i];
-}
-
 // Fetches a block of elements of `size` bytes. Past the end of an array this does nothing.
 inline void prefetch(const void* data, int64_t first, int64_t size) {
   const char* p = static_cast<const char*>(data) + first * size;
@@ -166,7 +157,32 @@ inline bool step_block(const AdamWParam& t, int64_t block, const AdamWVectors& s
   const Matrix param = {t.param, t.dtype};
   auto* p = const_cast<float*>(block_of(param, first, count, p_buffer));
   prefetch(t.param, next, size_of(t.dtype));
-  update_parameters(m, v, s, p);
+  if (t.absmax1) {
+    const bool direct = count == kStateBlock;
+    alignas(64) uint8_t buffer1[kStateBlock], buffer2[kStateBlock];
+    auto* codes1 = static_cast<uint8_t*>(t.state1) + first;
+    auto* codes2 = static_cast<uint8_t*>(t.state2) + first;
+    // Half of the parameters during the search for either moment's codes: dividing leaves most of
+    // the machine free (6 % of the step, AVX-512, Zen 5).
+    const auto even = [&](int64_t i) {
+      if (i % (2 * kWidth) == 0) update_vector(m + i, v + i, s, p + i);
+    };
+    const auto odd = [&](int64_t i) {
+      if (i % (2 * kWidth) != 0) update_vector(m + i, v + i, s, p + i);
+    };
+    encode_block<true>(m, inverse_of(largest.m), direct ? codes1 : buffer1, even);
+    encode_block<false>(v, inverse_of(largest.v), direct ? codes2 : buffer2, odd);
+    if (!direct) {
+      std::memcpy(codes1, buffer1, count);
+      std::memcpy(codes2, buffer2, count);
+    }
+    t.absmax1[block] = largest.m;
+    t.absmax2[block] = largest.v;
+  } else {
+    for (int64_t i = 0; i < kStateBlock; i += kWidth) update_vector(m + i, v + i, s, p + i);
+    write_floats(m, count, static_cast<float*>(t.state1) + first);
+    write_floats(v, count, static_cast<float*>(t.state2) + first);
+  }
   if (p == p_buffer) {
     with_type(t.dtype, [&](auto* type) {
       auto* out = static_cast<decltype(type)>(t.param) + first;
@@ -180,15 +196,6 @@ inline bool step_block(const AdamWParam& t, int64_t block, const AdamWVectors& s
       }
       write_floats(p, count, out);
     });
-  }
-  if (t.absmax1) {
-    write_codes<true>(m, largest.m, count, static_cast<uint8_t*>(t.state1) + first);
-    write_codes<false>(v, largest.v, count, static_cast<uint8_t*>(t.state2) + first);
-    t.absmax1[block] = largest.m;
-    t.absmax2[block] = largest.v;
-  } else {
-    write_floats(m, count, static_cast<float*>(t.state1) + first);
-    write_floats(v, count, static_cast<float*>(t.state2) + first);
   }
   return true;
 }

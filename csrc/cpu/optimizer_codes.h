@@ -48,7 +48,7 @@ alignas(64) constexpr Decades kUnsignedDecades = make_decades(kUnsignedThreshold
 
 // The arithmetic is right this far from the middle between two thresholds, in ranks: tried for
 // every float from -1 to 1, for which even 2^-16 in place of 2^-14 does.
-constexpr float kSure = 0.5f - 0x1p-14f;
+constexpr float kUnsure = 0x1p-14f;
 
 // Sets codes that may be one off right.
 template <bool kSigned>
@@ -66,13 +66,19 @@ __attribute__((noinline)) void settle(const float* x, float scale, uint8_t* code
 #if NF4_ISA >= NF4_ISA_AVX512
 
 constexpr int kBinades = 32;
-constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+// Ranks are counted in this share of one: their whole part is then the upper word of an integer,
+// and how far they are from the middle between two the lower.
+constexpr float kUnit = 65536.0f;
+constexpr auto kUnsureUnits = static_cast<int16_t>(kUnsure * kUnit);
 
-// The decades by binade [2^(b - 31), 2^(b - 30)), each of which holds at most one start.
+// The decades by binade [2^(b - 31), 2^(b - 30)), each of which holds at most one start. Decade 0
+// holds what is below the first start.
 struct Binades {
-  uint32_t size[kBinades] = {};      // bits of the float 2n of the decade that it begins in
+  uint32_t decade[kBinades] = {};    // that it begins in
   uint32_t crossing[kBinades] = {};  // bits of the start within it, or of infinity
-  float slope[16] = {};              // by the low 4 bits of the exponent of 2n
+  float slope[16] = {};              // of each decade's line
+  float start[16] = {};
+  float most[16] = {};
 };
 
 // key_scale multiplies the crossings.
@@ -80,18 +86,18 @@ constexpr Binades make_binades(const Decades& d, uint32_t smallest, uint32_t key
   Binades t;
   double low = 1.0 / (int64_t{1} << 31);
   for (int b = 0; b < kBinades; ++b, low *= 2.0) {
-    uint32_t size = smallest;
     t.crossing[b] = key_scale * 0x7f800000u;
-    for (int e = 0; e < kDecades; ++e) {
+    for (uint32_t e = 0; e < kDecades; ++e) {
       const double start = double{d.start[e]};
-      if (start < low) size = smallest << (e + 1);
+      if (start < low) t.decade[b] = e + 1;
       if (start >= low && start < 2.0 * low) t.crossing[b] = key_scale * bits_of(d.start[e]);
     }
-    t.size[b] = bits_of(static_cast<float>(size));
   }
-  for (int e = 0; e < kDecades; ++e) {
-    const uint32_t size = smallest << (e + 1);
-    t.slope[bits_of(static_cast<float>(size)) >> 23 & 15] = d.slope[e];
+  for (int e = 0; e <= kDecades; ++e) {
+    const double size = smallest << e;  // 2n
+    t.slope[e] = e == 0 ? 0.0f : d.slope[e - 1] * kUnit;
+    t.start[e] = static_cast<float>((size * 4.0 / 9.0 - 0.5) * kUnit);
+    t.most[e] = static_cast<float>((size - 1.0) * kUnit);
   }
   return t;
 }
@@ -102,14 +108,12 @@ alignas(64) constexpr Binades kUnsignedBinades = make_binades(kUnsignedDecades, 
 template <bool kSigned>
 struct Ranker {
   static constexpr const Binades& kTables = kSigned ? kSignedBinades : kUnsignedBinades;
-  const I size_lo = _mm512_load_si512(kTables.size);
-  const I size_hi = _mm512_load_si512(kTables.size + 16);
+  const I decade_lo = _mm512_load_si512(kTables.decade);
+  const I decade_hi = _mm512_load_si512(kTables.decade + 16);
   const I crossing_lo = _mm512_load_si512(kTables.crossing);
   const I crossing_hi = _mm512_load_si512(kTables.crossing + 16);
-  const F slope = _mm512_load_ps(kTables.slope);
 
-  // The float 2n of the decade of x.
-  I size(F x) const {
+  I decade(F x) const {
     const I bits = _mm512_castps_si512(x);
     I binade;
     __mmask16 above;
@@ -125,64 +129,97 @@ struct Ranker {
       const I crossing = _mm512_permutex2var_epi32(crossing_lo, binade, crossing_hi);
       above = _mm512_cmpgt_epi32_mask(bits, crossing);
     }
-    const I base = _mm512_permutex2var_epi32(size_lo, binade, size_hi);
-    return _mm512_mask_add_epi32(base, above, base, splat(1 << 23));  // twice as large
-  }
-
-  // The rank before rounding, negated for positive x in the signed map.
-  F line(F x, I size) const {
-    const I bits = _mm512_castps_si512(x);
-    const F most = sub(_mm512_castsi512_ps(size), broadcast(1.0f));
-    const F start = fma(broadcast(4.0f / 9.0f), _mm512_castsi512_ps(size), broadcast(-0.5f));
-    const F factor = _mm512_permutexvar_ps(_mm512_srli_epi32(size, 23), slope);
-    if (!kSigned) return _mm512_min_ps(fma(factor, x, start), most);
-    constexpr int kFlipByInverse = 0xd2;  // a ^ (~b & c)
-    const F flipped = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(
-        _mm512_castps_si512(start), bits, splat(static_cast<int>(0x80000000)), kFlipByInverse));
-    constexpr int kSmallerMagnitude = 2;  // with the sign of the first
-    return _mm512_range_ps(_mm512_fnmadd_ps(factor, x, flipped), most, kSmallerMagnitude);
+    const I begins = _mm512_permutex2var_epi32(decade_lo, binade, decade_hi);
+    return _mm512_mask_add_epi32(begins, above, begins, splat(1));
   }
 };
 
-// Codes of x * scale for a block, and 1 in place of 0 for x > 0 in the unsigned map.
 template <bool kSigned>
-void encode_block(const float* x, float scale, uint8_t* codes) {
-  const Ranker<kSigned> ranker;
-  const F by = broadcast(scale);
-  // The order of dwords that packing within 128-bit lanes leaves behind.
-  const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  alignas(64) int32_t sizes[kStateBlock];
-  for (int64_t i = 0; i < kStateBlock; i += 16) {
-    F scaled = mul(load(x + i), by);
-    if (!kSigned) scaled = _mm512_max_ps(scaled, broadcast(kDynamic8UnsignedCodes[1]));
-    _mm512_store_si512(sizes + i, ranker.size(scaled));
+struct Liner {
+  static constexpr const Binades& kTables = kSigned ? kSignedBinades : kUnsignedBinades;
+  const F slope = _mm512_load_ps(kTables.slope);
+  const F start = _mm512_load_ps(kTables.start);
+  const F most = _mm512_load_ps(kTables.most);
+
+  // The rank and half of one, in units; the rank is negated for positive x in the signed map.
+  I operator()(F x, I decade) const {
+    const F factor = _mm512_permutexvar_ps(decade, slope);
+    const F begin = _mm512_permutexvar_ps(decade, start);
+    const F end = _mm512_permutexvar_ps(decade, most);
+    F line;
+    if (kSigned) {
+      constexpr int kFlipByInverse = 0xd2;  // a ^ (~b & c)
+      const F flipped = _mm512_castsi512_ps(
+          _mm512_ternarylogic_epi32(_mm512_castps_si512(begin), _mm512_castps_si512(x),
+                                    splat(static_cast<int>(0x80000000)), kFlipByInverse));
+      constexpr int kSmallerMagnitude = 2;  // with the sign of the first
+      line = _mm512_range_ps(_mm512_fnmadd_ps(factor, x, flipped), end, kSmallerMagnitude);
+    } else {
+      line = _mm512_min_ps(fma(factor, x, begin), end);
+    }
+    return _mm512_add_epi32(_mm512_cvtps_epi32(line), splat(static_cast<int>(kUnit) / 2));
   }
+};
+
+// Which words of two vectors are the lower and the upper halves of their dwords.
+struct WordOrder {
+  int16_t low[32] = {}, high[32] = {};
+};
+constexpr WordOrder make_word_order() {
+  WordOrder o;
+  for (int16_t i = 0; i < 32; ++i) {
+    o.low[i] = static_cast<int16_t>(2 * i);
+    o.high[i] = static_cast<int16_t>(2 * i + 1);
+  }
+  return o;
+}
+alignas(64) constexpr WordOrder kWords = make_word_order();
+
+// Codes of x * scale for a block, and 1 in place of 0 for x > 0 in the unsigned map. Calls
+// meanwhile(i) for every vector i, i + 1, .. of the block, for work that may go on beside this.
+template <bool kSigned, class Meanwhile>
+void encode_block(const float* x, float scale, uint8_t* codes, const Meanwhile& meanwhile) {
+  const F by = broadcast(scale);
+  alignas(64) float scaled[kStateBlock];
+  alignas(64) int32_t decades[kStateBlock];
+  const Ranker<kSigned> ranker;
+  for (int64_t i = 0; i < kStateBlock; i += 16) {
+    const F value = load(x + i);
+    F v = mul(value, by);
+    if (!kSigned) {
+      const I raw = _mm512_castps_si512(value);
+      v = _mm512_mask_max_ps(v, _mm512_test_epi32_mask(raw, raw), v,
+                             broadcast(kDynamic8UnsignedCodes[1]));
+    }
+    store(scaled + i, v);
+    _mm512_store_si512(decades + i, ranker.decade(v));
+    meanwhile(i);
+  }
+  const Liner<kSigned> line;
+  const I low = _mm512_load_si512(kWords.low), high = _mm512_load_si512(kWords.high);
   for (int64_t i = 0; i < kStateBlock; i += 64) {
-    F off = zero();
     I rank[4];
     for (int j = 0; j < 4; ++j) {
-      const F value = load(x + i + 16 * j);
-      F scaled = mul(value, by);
-      if (!kSigned) scaled = _mm512_max_ps(scaled, broadcast(kDynamic8UnsignedCodes[1]));
-      const F line = ranker.line(scaled, _mm512_load_si512(sizes + i + 16 * j));
-      constexpr int kLargerMagnitude = 3;
-      off = _mm512_range_ps(off, _mm512_reduce_ps(line, kNearest), kLargerMagnitude);
-      const I raw = _mm512_castps_si512(value);
-      rank[j] = kSigned ? _mm512_cvtps_epi32(line)
-                        : _mm512_maskz_cvtps_epi32(_mm512_test_epi32_mask(raw, raw), line);
+      const int64_t at = i + 16 * j;
+      rank[j] = line(load(scaled + at), _mm512_load_si512(decades + at));
     }
-    I low = _mm512_packs_epi32(rank[0], rank[1]);
-    I high = _mm512_packs_epi32(rank[2], rank[3]);
+    const I first = _mm512_permutex2var_epi16(rank[0], high, rank[1]);
+    const I second = _mm512_permutex2var_epi16(rank[2], high, rank[3]);
+    const I off =
+        _mm512_min_epu16(_mm512_abs_epi16(_mm512_permutex2var_epi16(rank[0], low, rank[1])),
+                         _mm512_abs_epi16(_mm512_permutex2var_epi16(rank[2], low, rank[3])));
     I all;
     if (kSigned) {
       // -1.0 is the rank 128 too many: it saturates.
-      all = _mm512_sub_epi8(_mm512_set1_epi8(kSignedZero), _mm512_packs_epi16(low, high));
+      all = _mm512_sub_epi8(_mm512_set1_epi8(kSignedZero), _mm512_packs_epi16(first, second));
     } else {
       const I one = _mm512_set1_epi16(1);
-      all = _mm512_packus_epi16(_mm512_sub_epi16(low, one), _mm512_sub_epi16(high, one));
+      all = _mm512_packus_epi16(_mm512_sub_epi16(first, one), _mm512_sub_epi16(second, one));
     }
-    _mm512_storeu_si512(codes + i, _mm512_permutexvar_epi32(order, all));
-    if (_mm512_cmp_ps_mask(_mm512_abs_ps(off), broadcast(kSure), _CMP_GT_OQ)) {
+    // Packing works within 128-bit lanes.
+    const I order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    _mm512_storeu_si512(codes + i, _mm512_permutexvar_epi64(order, all));
+    if (_mm512_cmple_epu16_mask(off, _mm512_set1_epi16(kUnsureUnits))) {
       settle<kSigned>(x + i, scale, codes + i);
     }
   }
@@ -202,12 +239,13 @@ inline F slopes(const Decades& d, Lanes decade) {
 #endif
 }
 
-// Codes of x * scale for a block, and 1 in place of 0 for x > 0 in the unsigned map.
-template <bool kSigned>
-void encode_block(const float* x, float scale, uint8_t* codes) {
+// Codes of x * scale for a block, and 1 in place of 0 for x > 0 in the unsigned map. Calls
+// meanwhile(i) for every vector i, i + 1, .. of the block, for work that may go on beside this.
+template <bool kSigned, class Meanwhile>
+void encode_block(const float* x, float scale, uint8_t* codes, const Meanwhile& meanwhile) {
   const Decades& d = kSigned ? kSignedDecades : kUnsignedDecades;
   const F by = broadcast(scale);
-  constexpr auto sure = static_cast<int32_t>(bits_of(kSure));
+  constexpr auto sure = static_cast<int32_t>(bits_of(0.5f - kUnsure));
   const F round = broadcast(0x1.8p23f);  // adding it leaves the nearest integer in the low bits
   for (int64_t i = 0; i < kStateBlock; i += 64) {
     Lanes unsure = {};
@@ -242,6 +280,7 @@ void encode_block(const float* x, float scale, uint8_t* codes) {
         code = (rank - 1) & (lanes(value) != 0);
       }
       store_bytes(codes + j, reinterpret_cast<I>(code));
+      meanwhile(j);
     }
     int any = 0;
     for (int lane = 0; lane < kWidth; ++lane) any |= unsure[lane];
