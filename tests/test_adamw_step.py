@@ -10,6 +10,7 @@ import torch
 from cases import DTYPES, dtype_id, emulated, op
 from torch import Tensor
 
+import nf4
 from nf4 import formats
 from nf4.backends import reference
 from nf4.optim.launch import hyper_values
@@ -143,6 +144,14 @@ def test_bits(backend: str, device: torch.device, step: int) -> None:
         check_against_reference(backend, device, random_arguments(order * 2), hyper_tensor(step))
 
 
+def test_many_parameters(backend: str, device: torch.device) -> None:
+    """As many as a LoRA of a large model has; their addresses travel in several pieces."""
+    if backend == "triton" and emulated(backend, device):
+        pytest.skip("backend triton: a launch for each of 18 dtype combinations is slow emulated")
+    sizes = tuple(int(n) for n in torch.randint(0, 600, (170,)))
+    check_against_reference(backend, device, random_arguments(sizes), hyper_tensor(3))
+
+
 def test_maximize(backend: str, device: torch.device) -> None:
     args = random_arguments((600, 300))
     check_against_reference(backend, device, args, hyper_tensor(2, maximize=True))
@@ -257,3 +266,29 @@ def test_opcheck(backend: str, device: torch.device) -> None:
     )  # fmt: skip
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(op("adamw_step"), inputs, test_utils=tests)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grads": []}, "every list must have 1 entries, got 0"),
+        ({"offsets": []}, "offsets must have 1 entries, got 0"),
+        ({"offsets": [2]}, "offsets must be multiples of 4 and not negative, got 2"),
+        ({"params": [torch.zeros(300).double()]}, "every parameter must be float32, float16 or"),
+        ({"grads": [torch.zeros(299)]}, r"every gradient must have 300 elements, got \[299\]"),
+        ({"grads": [torch.zeros(300, 2)[:, 0]]}, "every gradient must be contiguous"),
+        ({"state2": [torch.zeros(300)]}, "state2 must be uint8, got float32"),
+        ({"absmax1": [torch.zeros(1)]}, r"absmax1 must have 2 elements, got \[1\]"),
+        ({"absmax2": [torch.zeros(2).half()]}, "absmax2 must be float32, got float16"),
+    ],
+)
+def test_errors_of_the_native_op(change: dict, message: str) -> None:
+    if not nf4.available_backends()["cpu"]:
+        pytest.skip(f"backend cpu: {nf4.available_backends()['cpu'].reason}")
+    args = random_arguments((300,), dtypes=(torch.float32,), bits=(8,))
+    before = args.copy(torch.device("cpu"))
+    wrong = Arguments(**{**vars(args), **change})
+    skipped = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=r"nf4\.adamw_step: " + message):
+        wrong.call(torch.ops.nf4_cpu.adamw_step, hyper_tensor(1), None, skipped)
+    assert_same(args.tensors(), before.tensors())
