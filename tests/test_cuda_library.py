@@ -22,6 +22,7 @@ OPS = (
     "linear_backward",
     "linear_lora",
     "linear_lora_backward",
+    "linear_lora_group",
     "adamw_step",
 )
 REGISTERED = """

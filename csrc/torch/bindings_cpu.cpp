@@ -263,6 +263,37 @@ std::tuple<Tensor, Tensor> linear_lora(Tensor x, Tensor packed, Tensor absmax, M
   return {y, s};
 }
 
+using Tensors = std::vector<Tensor>;
+using Maybes = std::vector<Maybe>;
+
+// Member after member, in one dispatch; each has its own dropout mask, so they share only x itself.
+std::tuple<Tensors, Tensors> linear_lora_group(Tensor x, Tensors packed, Tensors absmax,
+                                               Maybes nested, Maybes offset, Maybes bias,
+                                               Tensors lora_a, Tensors lora_b,
+                                               std::vector<double> scaling, double dropout_p,
+                                               Maybe seeds, int64_t block_size, int64_t format) {
+  const char* op = "linear_lora_group";
+  const size_t count = packed.size();
+  check(absmax.size() == count && nested.size() == count && offset.size() == count &&
+            bias.size() == count && lora_a.size() == count && lora_b.size() == count &&
+            scaling.size() == count,
+        op, "every list must have ", count, " members");
+  check(!seeds || seeds->numel() == static_cast<int64_t>(count), op, "seeds must be int64 [", count,
+        "]");
+  Tensors ys, ss;
+  for (size_t i = 0; i < count; ++i) {
+    Maybe seed;
+    if (seeds) seed = torch::stable::narrow(*seeds, 0, static_cast<int64_t>(i), 1);
+    check(lora_b[i].dim() == 2, op, "lora_b must be a matrix");
+    auto [y, s] =
+        linear_lora(x, packed[i], absmax[i], nested[i], offset[i], bias[i], lora_a[i], lora_b[i],
+                    scaling[i], dropout_p, seed, lora_b[i].size(0), block_size, format);
+    ys.push_back(y);
+    ss.push_back(s);
+  }
+  return {ys, ss};
+}
+
 std::tuple<Tensor, Tensor, Tensor> linear_lora_backward(
     Tensor grad_y, Tensor x, Tensor s, Tensor packed, Tensor absmax, Maybe nested, Maybe offset,
     Tensor lora_a, Tensor lora_b, double scaling, double dropout_p, Maybe seed, int64_t block_size,
@@ -321,6 +352,7 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_backward", TORCH_BOX(&linear_backward));
   m.impl("linear_lora", TORCH_BOX(&linear_lora));
+  m.impl("linear_lora_group", TORCH_BOX(&linear_lora_group));
   m.impl("linear_lora_backward", TORCH_BOX(&linear_lora_backward));
 }
 
