@@ -286,7 +286,6 @@ class TestErrors:
                 r"seeds must be int64 \[2\] on cpu, got torch.int64 \[1\]",
             ),
         ],
-        ids=str,
     )
     def test_wrong(self, change: dict, kind: type[Exception], message: str) -> None:
         with pytest.raises(kind, match=rf"^nf4\.linear_lora_group: .*{message}"):
