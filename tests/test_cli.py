@@ -67,7 +67,7 @@ def evaluate(model: Path, folder: Path, *more: object) -> list[dict[str, Any]]:
 def adapter(folder: Path) -> Path:
     """An adapter trained for a few steps, which moved the model."""
     output = folder / "adapter"
-    words = ("--output", output, "--max_steps", 12, "--save_steps", 6, "--learning_rate", 0.05)
+    words = ("--output", output, "--max_steps", 20, "--save_steps", 10, "--learning_rate", 0.01)
     done = run("finetune", "--model", folder / "base", "--data", folder / "pairs.jsonl", *words)
     assert "adapter saved; loss" in done.stdout
     assert "\r" not in done.stdout + done.stderr  # fit for a pipe
@@ -131,7 +131,7 @@ def test_dynamic8_quantizes_and_evaluates(folder: Path, tmp_path: Path) -> None:
 
 
 def test_generate_streams_one_prompt_and_batches_a_file(folder: Path, adapter: Path) -> None:
-    # What a model of 12 steps says is chance, down to saying nothing at once: compare, not judge.
+    # What a model of 20 steps says is chance, down to saying nothing at once: compare, not judge.
     model = ("--model", folder / "base", "--adapter", adapter, "--max-new-tokens", 6)
     streamed = run("generate", *model, "--prompt", "the quick").stdout
     (row,) = run("generate", *model, "--prompt", "the quick", "--json").stdout.splitlines()
@@ -147,7 +147,7 @@ def test_merges_keep_what_the_adapter_learned(folder: Path, adapter: Path, tmp_p
     base = ("--model", folder / "base", "--adapter", adapter)
     _, quantized, adapted = evaluate(folder / "base", folder, "--adapter", adapter)
     learned = quantized["loss"] - adapted["loss"]
-    assert learned > 0.1
+    assert learned > 0.05
     run("merge", *base, "--output", tmp_path / "m16")
     assert "quantization_config" not in json.loads((tmp_path / "m16/config.json").read_text())
     run("merge", *base, "--output", tmp_path / "m4", "--into", "nf4")
@@ -219,7 +219,11 @@ def test_a_stopped_finetune_resumes_from_its_last_checkpoint(
     words = ("--model", folder / "base", "--data", folder / "pairs.jsonl", "--output", output)
     steps = ("--max_steps", 60, "--save_steps", 2)
     process = subprocess.Popen(
-        command("finetune", *words, *steps), cwd=ROOT, stdout=subprocess.DEVNULL
+        command("finetune", *words, *steps),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        # A shell's background jobs, and so perhaps these tests, ignore what Ctrl-C sends.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     limit = time.monotonic() + 240
     while not list(output.glob("checkpoint-*/trainer_state.json")):
