@@ -9,14 +9,15 @@ def stack_rows(table_ptr, tile, R, BLOCK_R: tl.constexpr):
     """(member, exists, row, column, rank) of a tile; all but member are [BLOCK_R].
 
     ``table_ptr``: int32 [tiles * BLOCK_R, 4], or None for one adapter of R rows. ``row`` counts
-    among the stacked A, ``column`` among the rank of its member, whose first row is their
-    difference. A tile has one ``member`` where members have masks of their own.
+    among the stacked A (past R where nothing exists), ``column`` among the rank of its member,
+    whose first row is their difference. A tile has one ``member`` where members have masks of
+    their own.
     """
     r = tile * BLOCK_R + tl.arange(0, BLOCK_R)
     if table_ptr is None:
         member = 0
         exists = r < R
-        row = tl.minimum(r, R - 1).to(tl.int64)
+        row = r.to(tl.int64)
         column = row
         rank = row * 0 + R
     else:

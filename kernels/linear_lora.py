@@ -40,6 +40,7 @@ def lora_down_kernel(
     token = tl.minimum(m, M - 1).to(tl.int64)
     tile_r = tl.program_id(0)
     member, exists, row, column, rank = stack_rows(table_ptr, tile_r, R, BLOCK_R)
+    a_row = tl.minimum(row, R - 1)
     tiles = tl.cdiv(K, BLOCK_K)
     each = (tiles + SPLIT - 1) // SPLIT
     start = split * each
@@ -50,7 +51,7 @@ def lora_down_kernel(
         if seed_ptr is not None:
             kept = keep(seed_ptr + member, threshold, token, tile * BLOCK_K, K, BLOCK_K, WHOLE)
             x = tl.where(kept, x, 0.0)
-        a = tl.load(a_ptr + row[None, :] * K + k[:, None], mask=k[:, None] < K, other=0.0)
+        a = tl.load(a_ptr + a_row[None, :] * K + k[:, None], mask=k[:, None] < K, other=0.0)
         acc = tl.dot(x.to(DTYPE), a.to(DTYPE), acc, input_precision=PRECISION)
     element = (split.to(tl.int64) * R + (row - column)[None, :]) * M
     element += token[:, None] * rank[None, :] + column[None, :]

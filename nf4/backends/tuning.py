@@ -171,6 +171,8 @@ def linear_backward(shape: Shape, target: Target) -> MatmulConfig | None:
             return None
         block_m = max(16, _ceil_pow2(shape.m))
         block_n, block_k, warps, stages = 64, min(shape.block_size, 64), 4, 3
+        if target.capability == 120 and block_m == 16:
+            block_n = 128  # with 64 rows, 80 registers are held and one spills
     elif shape.m <= _PLAIN_FUSED_ROWS:
         block_m, block_n, block_k, warps, stages = 8, 32, 32, 4, 2
     else:
@@ -254,7 +256,8 @@ def lora_grad(
             # 64 rows, or the random words of 128 columns, spill beside an accumulator that wide.
             block_m, block_n = 32, 64 if dropout else 128
     else:
-        block_m, block_n, warps, stages = 16, 32, 4, 2
+        # With 64 columns of the rank, four warps spill on sm_80.
+        block_m, block_n, warps, stages = 16, 32, 8 if lora_tile(r) == 64 else 4, 2
     programs = -(-features // block_n) * -(-r // lora_tile(r))
     split = _split(programs, -(-m // block_m), 4 * r, itemsize * m, target.sm_count)
     return MatmulConfig(block_m, block_n, 0, warps, stages, split)
