@@ -233,8 +233,10 @@ def lora_down(m: int, k: int, r: int, itemsize: int, target: Target) -> MatmulCo
     block_n = lora_tile(r)
     if tensor_cores(itemsize, target):
         block_m = 16 if m <= 16 else 64
-        # 64 columns of a float32 A take 32 KiB a stage with 128 rows, too much for sm_86.
-        block_k, warps, stages = 64 if block_n == 64 else 128, 4, 3
+        # 64 columns of a float32 A take 32 KiB a stage with 128 rows, too much for sm_86. On sm_100
+        # the random words of 64 x 128 elements spill.
+        narrow = block_n == 64 or (target.capability == 100 and block_m == 64)
+        block_k, warps, stages = 64 if narrow else 128, 4, 3
     else:
         block_m, block_k, warps, stages = 16, 32, 4, 2
     programs = -(-m // block_m) * -(-r // block_n)
