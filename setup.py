@@ -62,6 +62,13 @@ def skip(what: str, why: str) -> None:
     print(f"nf4: {what} not built: {why}", file=sys.stderr)
 
 
+def cpp_compiler() -> list[str] | None:
+    """The C++ compiler's command: CXX, or the first that is there; None where there is none."""
+    chosen = os.environ.get("CXX", "").split()
+    found = chosen or next(([c] for c in ("g++", "clang++", "c++") if shutil.which(c)), [""])
+    return found if shutil.which(found[0]) else None
+
+
 def torch_paths() -> tuple[list[str], Path] | None:
     """Include directories and library directory of the installed torch, if there is one."""
     try:
@@ -77,10 +84,8 @@ def cpu_library() -> Library | None:
     what = "the native CPU kernels (nf4._C)"
     if sys.platform != "linux":
         return skip(what, f"they are for Linux, this is {sys.platform}; the reference is used")
-    compiler = os.environ.get("CXX") or next(
-        (c for c in ("g++", "clang++", "c++") if shutil.which(c)), None
-    )
-    if compiler is None or shutil.which(compiler.split()[0]) is None:
+    compiler = cpp_compiler()
+    if compiler is None:
         return skip(what, "no C++ compiler (install g++ or set CXX); the reference is used")
     torch = torch_paths()
     if torch is None:
@@ -92,7 +97,7 @@ def cpu_library() -> Library | None:
     flags += ["-ffp-contract=off", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-pthread", f"-I{ROOT / 'csrc/include'}"]
     flags += [f"-isystem{path}" for path in includes]
-    link = [*compiler.split(), "-shared", "-pthread", f"-L{libraries}", "-ltorch_cpu"]
+    link = [*compiler, "-shared", "-pthread", f"-L{libraries}", "-ltorch_cpu"]
     sanitizers = os.environ.get("NF4_SANITIZE")
     if sanitizers:
         extra = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g", "-O1"]
@@ -100,7 +105,7 @@ def cpu_library() -> Library | None:
         link += extra
     return Library(
         "nf4._C",
-        {src: [*compiler.split(), *flags, *isa] for src, isa in CPU_SOURCES.items()},
+        {src: [*compiler, *flags, *isa] for src, isa in CPU_SOURCES.items()},
         link,
         ["csrc/cpu/*", "csrc/torch/*.h", "csrc/include/nf4/*"],
     )
@@ -118,6 +123,9 @@ def cuda_library() -> Library | None:
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if nvcc is None:
         return skip(what, "no nvcc on PATH")
+    compiler = cpp_compiler()
+    if compiler is None:
+        return skip(what, "no C++ compiler for nvcc (install g++ or set CXX)")
     torch = torch_paths()
     if torch is None:
         return skip(what, "torch is not importable (pip install --no-build-isolation)")
@@ -136,7 +144,6 @@ def cuda_library() -> Library | None:
     kernel += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs.split(";")]
     if "90a" in archs.split(";"):
         kernel.append("-DNF4_SM90A")  # wgmma is in sm_90a, not in sm_90
-    compiler = os.environ.get("CXX", "g++").split()
     binding = [*compiler, "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden"]
     binding += [
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
