@@ -11,10 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nf4.formats import DYNAMIC8, FORMATS, NESTED_BLOCK_SIZE, WEIGHT_FORMATS, Format
+from nf4.formats import (
+    BLOCK_SIZES,
+    DYNAMIC8,
+    FORMATS,
+    NESTED_BLOCK_SIZE,
+    WEIGHT_FORMATS,
+    Format,
+)
 from nf4.ops import numel
 
 _STATE = "quant_state.bitsandbytes__"
+_DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +131,8 @@ class QuantizedTensor:
         """Read what ``state_dict`` or bitsandbytes wrote.
 
         Packed codes stored in a wider dtype (``quant_storage``) are viewed as bytes. Raises
-        KeyError for a missing key and ValueError for contents that do not fit together.
+        KeyError for a missing key, ValueError for contents that do not fit together and for scales
+        that are NaN or infinite.
         """
         meta, name = _read_meta(state, prefix)
         fmt = FORMATS[name]
@@ -133,11 +142,6 @@ class QuantizedTensor:
         _check_map(state, f"{prefix}.quant_map", fmt)
         nested_absmax = offset = None
         if "nested_offset" in meta:
-            if meta["nested_blocksize"] != NESTED_BLOCK_SIZE:
-                raise ValueError(
-                    f"nf4: {prefix}: nested block size must be {NESTED_BLOCK_SIZE}, "
-                    f"got {meta['nested_blocksize']}"
-                )
             nested_absmax = _require(state, f"{prefix}.nested_absmax")
             _check_map(state, f"{prefix}.nested_quant_map", DYNAMIC8)
             offset = torch.tensor(meta["nested_offset"], dtype=torch.float32, device=absmax.device)
@@ -150,14 +154,14 @@ class QuantizedTensor:
             offset,
             shape,
             getattr(torch, meta["dtype"]),
-            int(meta["blocksize"]),
+            meta["blocksize"],
             name,
         )
         q._check(prefix)
         return q
 
     def _check(self, name: str) -> None:
-        """Raise ValueError if the sizes of the tensors do not fit the shape."""
+        """Raise ValueError unless the tensors fit the shape and each other."""
         n = numel(self.shape)
         blocks = -(-n // self.block_size)
         expected = {"packed": FORMATS[self.format].packed_bytes(n), "absmax": blocks}
@@ -171,6 +175,19 @@ class QuantizedTensor:
                     f"nf4: {name}: {key} must have {size} elements for shape {list(self.shape)} "
                     f"in blocks of {self.block_size}, got {got[key]}"
                 )
+        scales = {"absmax": self.absmax}
+        if self.nested_absmax is not None and self.offset is not None:
+            if self.absmax.dtype is not torch.uint8:
+                raise ValueError(
+                    f"nf4: {name}: absmax must be uint8 codes where nested_offset is given, "
+                    f"got {self.absmax.dtype}"
+                )
+            scales = {"nested_absmax": self.nested_absmax, "nested_offset": self.offset}
+        for key, scale in scales.items():
+            if scale.dtype is not torch.float32:
+                raise ValueError(f"nf4: {name}: {key} must be float32, got {scale.dtype}")
+            if not (scale.is_meta or scale.isfinite().all()):
+                raise ValueError(f"nf4: {name}: {key} must be finite, got NaN or infinity")
 
 
 def _require(state: Mapping[str, Tensor], key: str) -> Tensor:
@@ -183,19 +200,37 @@ def _read_meta(state: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Any]
     keys = [k for k in state if k.startswith(f"{prefix}.{_STATE}")]
     if not keys:
         raise KeyError(f"nf4: quantized weight is incomplete: missing key '{prefix}.{_STATE}nf4'")
+    key = keys[0]
     try:
-        meta = json.loads(bytes(state[keys[0]].cpu().tolist()))
-    except ValueError as error:
-        raise ValueError(f"nf4: {keys[0]} must hold JSON: {error}") from error
+        meta = json.loads(bytes(state[key].cpu().tolist()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"nf4: {key} must hold JSON: {error}") from error
+    if not isinstance(meta, dict):
+        raise ValueError(f"nf4: {key} must hold a JSON object, got {meta!r}")
     name = meta.get("quant_type")
     if name not in WEIGHT_FORMATS:
         raise ValueError(
             f"nf4: {prefix}: quant_type must be one of {', '.join(WEIGHT_FORMATS)}, got {name!r}"
         )
-    missing = {"blocksize", "dtype", "shape"} - meta.keys()
+    rules = {
+        "blocksize": (lambda v: v in BLOCK_SIZES, f"one of {', '.join(map(str, BLOCK_SIZES))}"),
+        "dtype": (lambda v: v in _DTYPES, f"one of {', '.join(_DTYPES)}"),
+        "shape": (_is_shape, "a list of sizes"),
+    }
+    if "nested_offset" in meta:
+        rules["nested_blocksize"] = (lambda v: v == NESTED_BLOCK_SIZE, str(NESTED_BLOCK_SIZE))
+        rules["nested_offset"] = (lambda v: isinstance(v, (int, float)), "a number")
+    missing = rules.keys() - meta.keys()
     if missing:
-        raise KeyError(f"nf4: {keys[0]} must name {', '.join(sorted(missing))}")
+        raise KeyError(f"nf4: {key} must name {', '.join(sorted(missing))}")
+    for field, (holds, rule) in rules.items():
+        if not holds(meta[field]):
+            raise ValueError(f"nf4: {prefix}: {field} must be {rule}, got {meta[field]!r}")
     return meta, name
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 
 def _check_map(state: Mapping[str, Tensor], key: str, fmt: Format) -> None:

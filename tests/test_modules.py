@@ -56,17 +56,6 @@ def test_loads_bitsandbytes_keys_and_adopts_their_layout(layout: dict) -> None:
         nf4.NF4Linear(99, 48, bias=False).load_state_dict(layer.q.state_dict())
 
 
-def test_truncated_state_names_the_missing_key() -> None:
-    state = nf4.quantize(torch.randn(48, 100)).state_dict()
-    del state["weight.nested_absmax"]
-    with pytest.raises(KeyError, match=r"missing key 'weight\.nested_absmax'"):
-        nf4.QuantizedTensor.from_state_dict(state)
-    state = nf4.quantize(torch.randn(48, 100)).state_dict()
-    state["weight"] = state["weight"][:-3]
-    with pytest.raises(ValueError, match="packed must have 2400 elements"):
-        nf4.QuantizedTensor.from_state_dict(state)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
 def test_casts_leave_codes_and_scales(layout: dict, cast: str) -> None:
@@ -177,6 +166,15 @@ def test_merge_without_a_base_warns_and_unmerge_restores_the_bytes() -> None:
     assert torch.equal(layer(x), expected)
     with pytest.raises(ValueError, match=r"base must have shape \[48, 100\], got \[3, 3\]"):
         layer.merge(torch.zeros(3, 3))
+
+
+def test_loading_a_state_undoes_a_merge() -> None:
+    layer, other = _layer(), _layer()
+    layer.merge(torch.zeros(48, 100))
+    layer.load_state_dict(other.state_dict())
+    assert not layer.merged
+    x = torch.randn(3, 100)
+    assert torch.equal(layer(x), other(x))
 
 
 def test_bad_settings_are_refused() -> None:

@@ -278,6 +278,12 @@ class Linear4bitLoRA(NF4Linear):
             self.set_quantized(self._unmerged.to(self.weight.device))
             self._unmerged = None
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        self.unmerge()  # the weight to come is another one
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def forward(self, x: Tensor) -> Tensor:
         y = None if self.shared is None else self.shared.take(self, x)
         return super().forward(x) if y is None else y
