@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from tiny import randomize_adapters, token_ids
 from torch import nn
 
 import nf4
-import nf4.lora.adapter as adapter_files
 
 LORA = nf4.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
 
@@ -112,90 +110,6 @@ def test_prepare_for_qlora_gives_the_same_gradients(checkpointing: bool) -> None
             torch.testing.assert_close(parameter.grad, grads[name].grad)
 
 
-def test_adapter_files_round_trip(tmp_path: Path) -> None:
-    model, base = _prepared()
-    nf4.save_adapter(model, tmp_path)
-    other = tiny_llama()
-    other.load_state_dict(base)
-    nf4.prepare_model(other, progress=False)
-    nf4.load_adapter(other, tmp_path)
-    ids = token_ids()
-    assert torch.equal(other.eval()(ids).logits, model(ids).logits)
-    nf4.load_adapter(other, tmp_path)  # over an adapter that is there already
-    assert torch.equal(other.eval()(ids).logits, model(ids).logits)
-
-
-def test_peft_reads_our_adapter_and_we_read_peft_s(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    model, _ = _prepared()
-    ids = token_ids()
-    nf4.save_adapter(model, tmp_path / "ours")
-    plain = nf4.merge_and_unload(_without_adapters(model))
-    theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "ours").eval()
-    torch.testing.assert_close(theirs(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
-
-    randomize_adapters(theirs, 0.2)
-    theirs.save_pretrained(tmp_path / "peft")
-    back = nf4.load_adapter(_without_adapters(model), tmp_path / "peft").eval()
-    torch.testing.assert_close(back(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-5)
-
-
-def _without_adapters(model: nn.Module) -> nn.Module:
-    bare = copy.deepcopy(model)
-    for name, layer in list(bare.named_modules()):
-        if isinstance(layer, nf4.Linear4bitLoRA):
-            bare.set_submodule(name, nf4.NF4Linear.from_quantized(layer.q, layer.bias))
-    return bare
-
-
-def test_damaged_adapters_are_refused_and_nothing_changes(tmp_path: Path) -> None:
-    model, _ = _prepared()
-    nf4.save_adapter(model, tmp_path)
-    before = copy.deepcopy(model.state_dict())
-    weights = tmp_path / "adapter_model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="truncated or damaged"):
-        nf4.load_adapter(model, tmp_path)
-    weights.write_bytes(whole)
-    with pytest.raises(ValueError, match=r"_proj must be a quantized layer .* got Linear"):
-        nf4.load_adapter(tiny_llama(), tmp_path)
-    config = tmp_path / "adapter_config.json"
-    settings = json.loads(config.read_text())
-    config.write_text(json.dumps({**settings, "r": 5}))
-    with pytest.raises(ValueError, match=r"lora_A must have shape \[5, .*\], got \[4, "):
-        nf4.load_adapter(model, tmp_path)
-    config.write_text("{")
-    with pytest.raises(ValueError, match="must hold JSON"):
-        nf4.load_adapter(model, tmp_path)
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, before[key])
-    with pytest.raises(ValueError, match="must have Linear4bitLoRA layers, got none"):
-        nf4.save_adapter(tiny_llama(), tmp_path)
-
-
-def test_a_full_disk_leaves_the_old_adapter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, _ = _prepared()
-    nf4.save_adapter(model, tmp_path)
-    old = (tmp_path / "adapter_model.safetensors").read_bytes()
-    randomize_adapters(model)
-
-    def full_disk(tensors: dict, path: str, metadata: dict) -> None:
-        Path(path).write_bytes(b"half of it")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(adapter_files, "save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        nf4.save_adapter(model, tmp_path)
-    assert (tmp_path / "adapter_model.safetensors").read_bytes() == old
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merge_into_16_bits_keeps_the_outputs(dtype: torch.dtype) -> None:
     model, _ = _prepared()
@@ -287,3 +201,18 @@ def test_prepare_model_quantizes_embeddings(tied: bool, lm_head: bool) -> None:
 def test_prepare_model_refuses_a_tied_head_alone() -> None:
     with pytest.raises(ValueError, match="lm_head needs embeddings=True"):
         nf4.prepare_model(tiny_llama(tie_word_embeddings=True), nf4.NF4Config(lm_head=True))
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+def test_prepare_for_qlora_keeps_the_biases_that_train(bias: str) -> None:
+    def trainable(model: nn.Module) -> set[str]:
+        return {name for name, p in model.named_parameters() if p.requires_grad}
+
+    lora = nf4.LoraConfig(r=2, target_modules=["q_proj"], bias=bias)
+    model = nf4.prepare_model(tiny.opt(), lora=lora, progress=False)
+    before = trainable(model)
+    kept = {name for name in before if name.endswith("bias")}
+    assert bool(kept) == (bias != "none") and any("k_proj" in n for n in kept) == (bias == "all")
+    assert trainable(nf4.prepare_for_qlora(model)) == before
+    model.get_input_embeddings().weight.requires_grad_(True)  # not frozen before: now it is
+    assert trainable(nf4.prepare_for_qlora(model)) == before - kept

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import nf4
+from nf4.lora.adapter import make_readable
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -113,6 +114,9 @@ def save_folder(target: str | Path, write: Callable[[Path], object]) -> None:
     try:
         temporary.mkdir()
         write(temporary)
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                make_readable(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,28 +20,39 @@ from nf4.nn.linear import Linear4bitLoRA, NF4Linear
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 _PREFIX = "base_model.model."
+# Where PEFT keeps a layer that it wraps: the bias of an adapted layer is named through it.
+_BASE_LAYER = ".base_layer"
 
 
-def write_atomically(path: Path, write: Callable[[str], object]) -> None:
-    """Call ``write`` with a temporary name beside ``path``, then rename it to ``path``.
+def write_atomically(writers: Mapping[Path, Callable[[str], object]]) -> None:
+    """Call each writer with a temporary name beside its path, then rename all of them.
 
-    On any error the temporary file is removed and ``path`` stays as it was.
+    On any error the temporary files are removed and every path stays as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    temporaries: dict[Path, str] = {}
     try:
-        write(temporary)
-        # mkstemp makes private files; give it what the umask allows.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
+        for path, write in writers.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            os.close(handle)
+            temporaries[path] = temporary
+            write(temporary)
+            make_readable(Path(temporary))
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        for temporary in temporaries.values():
+            Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def make_readable(path: Path) -> None:
+    """Give a file what the umask allows: mkstemp, and safetensors from 0.8, make private files."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -59,16 +70,21 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach()
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach()
     if config.bias != "none":
+        adapted = {name for name, _ in layers}
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and name.rpartition(".")[2] == "bias":
-                tensors[_PREFIX + name] = parameter.detach()
+            module, _, leaf = name.rpartition(".")
+            if parameter.requires_grad and leaf == "bias":
+                inner = _BASE_LAYER if module in adapted else ""
+                tensors[f"{_PREFIX}{module}{inner}.bias"] = parameter.detach()
     tensors = {key: value.contiguous().cpu() for key, value in tensors.items()}
     text = json.dumps(config.to_mapping([name for name, _ in layers]), indent=2) + "\n"
     directory = Path(directory)
     write_atomically(
-        directory / WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"})
+        {
+            directory / WEIGHTS_NAME: lambda path: save_file(tensors, path, {"format": "pt"}),
+            directory / CONFIG_NAME: lambda path: Path(path).write_text(text, encoding="utf-8"),
+        }
     )
-    write_atomically(directory / CONFIG_NAME, lambda path: Path(path).write_text(text))
 
 
 def _common_config(layers: list[tuple[str, Linear4bitLoRA]], model: nn.Module) -> LoraConfig:
@@ -101,33 +117,31 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
     """Load an adapter that ``save_adapter`` or PEFT wrote into a quantized model, in place.
 
     Layers named by the file become ``Linear4bitLoRA`` over their present bytes; layers that have
-    an adapter already get the file's. Everything is checked before anything changes. Raises
+    an adapter already get the file's. As after ``prepare_model``, only adapters, and the biases
+    that the file's settings name, train. Everything is checked before anything changes. Raises
     FileNotFoundError for a missing file, ValueError for a truncated one, for a key that fits no
-    quantized layer, and for shapes that do not fit. Returns ``model``.
+    quantized layer, for an adapter of the model that the file lacks, for shapes that do not fit and
+    for NaN or infinite values. Returns ``model``.
     """
     directory = Path(directory)
     config = _read_config(directory / CONFIG_NAME)
-    tensors = _read_tensors(directory / WEIGHTS_NAME)
-    adapters: dict[str, dict[str, Tensor]] = {}
-    biases: dict[str, Tensor] = {}
-    for key, value in tensors.items():
-        name = key.removeprefix(_PREFIX)
-        module, _, leaf = name.removesuffix(".weight").rpartition(".")
-        if leaf in ("lora_A", "lora_B"):
-            adapters.setdefault(module, {})[leaf] = value
-        elif leaf == "bias":
-            biases[name] = value
-        else:
-            raise ValueError(f"nf4.load_adapter: keys must be LoRA weights or biases, got {key!r}")
+    adapters, biases = _sort(_read_tensors(directory / WEIGHTS_NAME))
     if not adapters:
         raise ValueError(f"nf4.load_adapter: {directory / WEIGHTS_NAME} must hold adapters")
     modules = dict(model.named_modules())
     for name, parts in adapters.items():
         _check_adapter(name, modules.get(name), parts, config)
+    others = [name for name, _ in adapter_layers(model) if name not in adapters]
+    if others:
+        raise ValueError(
+            f"nf4.load_adapter: {directory / WEIGHTS_NAME} must hold every adapter of the model, "
+            f"{len(others)} missing, first {others[0]}"
+        )
     parameters = dict(model.named_parameters())
     for name, value in biases.items():
         if name not in parameters or parameters[name].shape != value.shape:
             raise ValueError(f"nf4.load_adapter: {name} must fit a bias of the model")
+    model.requires_grad_(False)
     for name, parts in adapters.items():
         _install(model, name, modules[name], parts, config)
     train_biases(model, config)
@@ -138,11 +152,32 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
     return model
 
 
+def _sort(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """The file's tensors as adapters, ``{module: {"lora_A": ..., "lora_B": ...}}``, and biases."""
+    adapters: dict[str, dict[str, Tensor]] = {}
+    biases: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        name = key.removeprefix(_PREFIX)
+        module, _, leaf = name.removesuffix(".weight").rpartition(".")
+        if leaf in ("lora_A", "lora_B"):
+            adapters.setdefault(module, {})[leaf] = value
+        elif leaf == "bias":
+            biases[f"{module.removesuffix(_BASE_LAYER)}.bias"] = value
+        else:
+            raise ValueError(f"nf4.load_adapter: keys must be LoRA weights or biases, got {key!r}")
+        if not (value.is_floating_point() and value.isfinite().all()):
+            raise ValueError(f"nf4.load_adapter: {key} must hold finite floating-point numbers")
+    return adapters, biases
+
+
 def _read_config(path: Path) -> LoraConfig:
     try:
-        return LoraConfig.from_mapping(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
+        settings = json.loads(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"nf4.load_adapter: {path} must hold JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"nf4.load_adapter: {path} must hold settings, got {settings!r}")
+    return LoraConfig.from_mapping(settings)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -182,16 +217,21 @@ def _install(
     model: nn.Module, name: str, module: nn.Module, parts: dict[str, Tensor], config: LoraConfig
 ) -> None:
     assert isinstance(module, NF4Linear)
-    if isinstance(module, Linear4bitLoRA):
-        module.unmerge()
-    layer = Linear4bitLoRA.from_quantized(
-        module.q,
-        module.bias,
-        compute_dtype=module.compute_dtype,
-        fan_in_fan_out=module.fan_in_fan_out,
-        **config.layer_kwargs(),
-    ).train(module.training)
+    settings = config.layer_kwargs()
+    if isinstance(module, Linear4bitLoRA):  # stays in place: others may hold it, as fused ones do
+        layer = module
+        layer.unmerge()
+        for field, value in settings.items():
+            setattr(layer, field, value)
+    else:
+        layer = Linear4bitLoRA.from_quantized(
+            module.q,
+            module.bias,
+            compute_dtype=module.compute_dtype,
+            fan_in_fan_out=module.fan_in_fan_out,
+            **settings,
+        ).train(module.training)
+        model.set_submodule(name, layer)
     device = module.weight.device
     layer.lora_A = nn.Parameter(parts["lora_A"].to(device))
     layer.lora_B = nn.Parameter(parts["lora_B"].to(device))
-    model.set_submodule(name, layer)

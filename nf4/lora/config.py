@@ -10,19 +10,31 @@ from typing import Any
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 _MLP = ["gate_proj", "up_proj", "down_proj"]
 
-# Fields of an adapter_config.json whose non-default values would change what the adapter computes.
-_UNSUPPORTED: dict[str, Any] = {
-    "use_dora": False,
-    "modules_to_save": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "fan_in_fan_out": False,
-    "lora_bias": False,
-    "layers_to_transform": None,
-    "layer_replication": None,
-    "trainable_token_indices": None,
-    "target_parameters": None,
+# Fields of PEFT's configuration that do not change what a trained adapter computes: how it was
+# made, and how the base stores its weights, which the layers know themselves. Any other field that
+# is set is refused, also one that a later PEFT adds.
+_NO_EFFECT = {
+    "auto_mapping",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
 }
+# Initialisations that leave the base weight as it is; PiSSA and its like subtract from it.
+_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+_USE_PEFT = "use PEFT over an NF4 model instead"
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,14 @@ class LoraConfig:
     base_model_name_or_path: str | None = None
 
     def __post_init__(self) -> None:
+        for name, kinds in (
+            ("r", int),
+            ("lora_alpha", (int, float)),
+            ("lora_dropout", (int, float)),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise ValueError(f"nf4.LoraConfig: {name} must be a number, got {value!r}")
         if self.r < 1:
             raise ValueError(f"nf4.LoraConfig: r must be at least 1, got {self.r}")
         if not 0.0 <= self.lora_dropout < 1.0:
@@ -77,29 +97,51 @@ class LoraConfig:
         kind = str(config.get("peft_type", "LORA")).rpartition(".")[2]
         if kind != "LORA":
             raise ValueError(f"nf4.LoraConfig: peft_type must be LORA, got {kind}")
-        for name, default in _UNSUPPORTED.items():
-            value = config.get(name, default)
-            if value not in (default, None, False, {}, []):
+        known = {f.name for f in fields(cls)}
+        for name, value in config.items():
+            if name == "init_lora_weights":
+                unsupported = value not in _INITIALISATIONS
+            else:
+                unsupported = bool(value) and name not in known | _NO_EFFECT
+            if unsupported:
                 raise ValueError(
                     f"nf4.LoraConfig: {name} is not supported by Linear4bitLoRA, got {value!r}; "
-                    "use PEFT over an NF4 model instead"
+                    f"{_USE_PEFT}"
                 )
-        known = {f.name for f in fields(cls)}
-        values = {k: v for k, v in config.items() if k in known}
+        missing = [name for name in ("r", "lora_alpha") if name not in config]
+        if missing:
+            raise ValueError(f"nf4.LoraConfig: settings must name {' and '.join(missing)}")
+        # Where a file does not say, PEFT's default holds.
+        values = {"lora_dropout": 0.0, **{k: v for k, v in config.items() if k in known}}
         if isinstance(values.get("target_modules"), (set, tuple)):
             values["target_modules"] = sorted(values["target_modules"])
         return cls(**values)
 
     @classmethod
     def coerce(cls, config: Any) -> LoraConfig:
-        """``config`` itself, or the equal of a ``peft.LoraConfig``."""
+        """``config`` itself, or the equal of a ``peft.LoraConfig``.
+
+        Raises ValueError for a choice that ``prepare_model`` does not have.
+        """
         if isinstance(config, cls):
             return config
-        if hasattr(config, "peft_type"):
-            return cls.from_mapping(config.to_dict())
-        raise TypeError(
-            f"nf4.LoraConfig: lora must be an nf4 or peft LoraConfig, got {type(config).__name__}"
-        )
+        if not hasattr(config, "peft_type"):
+            raise TypeError(
+                f"nf4.LoraConfig: lora must be an nf4 or peft LoraConfig, "
+                f"got {type(config).__name__}"
+            )
+        settings = config.to_dict()
+        # These do not matter to an adapter that is trained already, but here it is to be made.
+        for name, default in (
+            ("init_lora_weights", True),
+            ("exclude_modules", None),
+            ("layers_to_transform", None),
+        ):
+            if settings.get(name, default) != default:
+                raise ValueError(
+                    f"nf4.LoraConfig: {name} is not supported, got {settings[name]!r}; {_USE_PEFT}"
+                )
+        return cls.from_mapping(settings)
 
     def to_mapping(self, target_modules: list[str]) -> dict[str, Any]:
         """The contents of an ``adapter_config.json`` that PEFT reads."""

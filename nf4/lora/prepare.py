@@ -217,15 +217,23 @@ def print_trainable_parameters(model: nn.Module) -> None:
     print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")
 
 
+def _is_bias(name: str) -> bool:
+    return name.rpartition(".")[2] == "bias"
+
+
 def prepare_for_qlora(model: nn.Module) -> nn.Module:
     """Freeze a quantized model and turn on gradient checkpointing, without any upcast.
 
     Unlike PEFT's ``prepare_model_for_kbit_training`` it leaves embeddings and head in 16 bits, and
-    checkpoints without reentrancy, so no input needs a gradient. Adapters stay trainable.
+    checkpoints without reentrancy, so no input needs a gradient. Adapters stay trainable, and so
+    do the biases that train in a model that is frozen already, which ``LoraConfig.bias`` asked for.
     """
-    trainable = {id(p) for _, m in adapter_layers(model) for p in (m.lora_A, m.lora_B)}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in trainable)
+    adapters = {id(p) for _, m in adapter_layers(model) for p in (m.lora_A, m.lora_B)}
+    rest = [(name, p) for name, p in model.named_parameters() if id(p) not in adapters]
+    frozen = not any(p.requires_grad for name, p in rest if not _is_bias(name))
+    for name, parameter in rest:
+        if not (frozen and _is_bias(name)):
+            parameter.requires_grad_(False)
     enable = getattr(model, "gradient_checkpointing_enable", None)
     if enable is not None:
         enable(gradient_checkpointing_kwargs={"use_reentrant": False})
