@@ -263,4 +263,25 @@ def test_doctor_reports_every_backend() -> None:
     report = json.loads(run("doctor", "--json").stdout)
     assert set(report["backends"]) == {"cpu", "cuda", "triton", "reference"}
     assert report["self-test"]["reference"] == "ok"
-    assert "backends" in run("doctor").stdout
+    for entry in report["backends"].values():
+        assert entry["usable"] or (entry["reason"] and entry["cost"])
+
+
+def test_doctor_says_what_each_missing_part_costs(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine without compilers, packages or the native library."""
+    from nf4.backends import cpu
+    from nf4.cli import doctor
+
+    monkeypatch.setattr(doctor, "_version", lambda package: "")
+    monkeypatch.setattr(doctor, "_compiler", lambda name: "")
+    monkeypatch.setattr(cpu, "LOAD_ERROR", "no library")
+    assert cli.main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in (*doctor.PACKAGE_COSTS, *doctor.COMPILER_COSTS):
+        (line,) = (line for line in lines if line.split()[:1] == [name] and "missing" in line)
+        assert len(line.partition("missing: ")[2]) > 10, line
+    at = next(i for i, line in enumerate(lines) if line.split()[:1] == ["cpu"] and "usable" in line)
+    assert "not usable: no library" in lines[at] and "many times slower" in lines[at + 1]
+    assert "cpu tensors run on: reference" in lines[-1]

@@ -7,6 +7,7 @@ library loaded, ``nf4::<op>`` and ``nf4_cpu::<op>`` reach C++ without passing th
 from __future__ import annotations
 
 import ctypes
+import sys
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ def _library() -> Path | None:
 def _load() -> str | None:
     """Load the native library; the reason why not, or None."""
     library = _library()
+    if library is None and sys.platform != "linux":
+        return f"the native CPU library is for Linux, this is {sys.platform}"
     if library is None:
         return "nf4 was installed without its native CPU library (no C++ compiler at build time)"
     try:
@@ -36,7 +39,7 @@ LOAD_ERROR = _load()
 
 def unsupported(device: torch.device) -> str | None:
     """Why this backend cannot run on ``device``, or None."""
-    if device.type != "cpu":
+    if LOAD_ERROR is None and device.type != "cpu":
         return "needs a CPU tensor"
     return LOAD_ERROR
 

@@ -77,6 +77,6 @@ LOAD_ERROR = _load()
 
 def unsupported(device: torch.device) -> str | None:
     """Why this backend cannot run on ``device``, or None."""
-    if device.type != "cuda":
+    if LOAD_ERROR is None and device.type != "cuda":
         return "needs a CUDA tensor"
     return LOAD_ERROR

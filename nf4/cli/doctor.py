@@ -18,25 +18,35 @@ import nf4
 from nf4 import backends, optim
 from nf4.backends import tuning_table
 
-# What a person loses without each backend on the device it is for.
-COSTS = {
+# What a person loses without each part.
+NO_GPU = "everything runs on the CPU"
+BACKEND_COSTS = {
     "cpu": "CPU tensors run on the reference: exact, but many times slower, and it materialises W",
     "cuda": "CUDA tensors run on the Triton kernels",
     "triton": "CUDA tensors without the CUDA library run on the reference: slow, materialises W",
     "reference": "",
 }
-PACKAGES = (
-    "torch",
-    "triton",
-    "numpy",
-    "safetensors",
-    "transformers",
-    "peft",
-    "accelerate",
-    "trl",
-    "datasets",
-    "bitsandbytes",
-)
+_HF = "pip install 'nf4[hf]'"
+_CLI = "pip install 'nf4[cli]'"
+PACKAGE_COSTS = {
+    "torch": "nf4 needs it",
+    "numpy": "nf4 needs it",
+    "safetensors": "nf4 needs it",
+    "triton": "no Triton kernels; torch.compile cannot make GPU code",
+    "transformers": f"no loading of Hugging Face models, no commands but bench and doctor: {_HF}",
+    "peft": f"no PEFT adapters over quantized models; nf4's own LoRA layers work: {_HF}",
+    "accelerate": f"no Trainer and no device_map: {_HF}",
+    "datasets": f"nf4 finetune and eval read no data: {_HF}",
+    "trl": f"no nf4 finetune: {_CLI}",
+    "rich": f"no nf4 demo: {_CLI}",
+    "matplotlib": f"no nf4 demo, no loss curves and no bars of a benchmark: {_CLI}",
+    "bitsandbytes": "nf4 bench and the tests compare with nothing; otherwise nf4 takes its place",
+}
+COMPILER_COSTS = {
+    "c++": "the native CPU kernels cannot be built here",
+    "nvcc": "the CUDA kernels cannot be built here",
+    "ninja": "a build compiles every source anew",
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -66,10 +76,10 @@ def collect() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "gpus": gpus,
         },
-        "packages": {name: _version(name) for name in PACKAGES},
-        "compilers": {name: _compiler(name) for name in ("c++", "nvcc", "ninja")},
+        "packages": {name: _version(name) for name in PACKAGE_COSTS},
+        "compilers": {name: _compiler(name) for name in COMPILER_COSTS},
         "backends": {
-            name: {"usable": s.usable, "reason": s.reason, "cost": "" if s else COSTS[name]}
+            name: {"usable": s.usable, "reason": s.reason, "cost": "" if s else _cost(name, gpus)}
             for name, s in status.items()
         },
         "defaults": {
@@ -118,11 +128,12 @@ def self_test(backend: str) -> str:
 
 def _text(report: dict[str, Any]) -> str:
     lines = [f"nf4 {report['nf4']}"]
-    for section in ("system", "packages", "compilers"):
+    costs = {"system": {}, "packages": PACKAGE_COSTS, "compilers": COMPILER_COSTS}
+    for section, cost in costs.items():
         lines.append(f"\n{section}")
         for name, value in report[section].items():
-            shown = (", ".join(value) or "none") if isinstance(value, list) else value or "missing"
-            lines.append(f"  {name:14} {shown}")
+            shown = (", ".join(value) or "none") if isinstance(value, list) else value
+            lines.append(f"  {name:14} {shown or f'missing: {cost[name]}'}")
     lines.append("\nbackends")
     for name, entry in report["backends"].items():
         if entry["usable"]:
@@ -136,6 +147,10 @@ def _text(report: dict[str, Any]) -> str:
     for name, text in report["tuning tables"].items():
         lines.append(f"  tuning table of {name}: {text}")
     return "\n".join(lines)
+
+
+def _cost(backend: str, gpus: list[str]) -> str:
+    return BACKEND_COSTS[backend] if gpus or backend == "cpu" else NO_GPU
 
 
 def _version(package: str) -> str:
