@@ -21,7 +21,8 @@ from nf4.lora.adapter import write_atomically
 
 OUTPUT = "demo_output"
 VOCAB_SIZE, WINDOW, BATCH = 2048, 128, 16
-PRETRAIN_STEPS, FINETUNE_STEPS = 300, 240
+PRETRAIN_STEPS, FINETUNE_STEPS = 300, 160
+MERGED_16BIT, MERGED_NF4 = "merged into 16 bits", "merged into NF4, from the 16-bit base"
 
 
 def main(arguments: list[str]) -> int:
@@ -31,36 +32,43 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--pretrain-steps", type=int, default=PRETRAIN_STEPS)
     parser.add_argument("--finetune-steps", type=int, default=FINETUNE_STEPS)
     args = parser.parse_args(arguments)
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.set_seed(0)
     if args.fresh and args.output.exists():
         shutil.rmtree(args.output)
     args.output.mkdir(parents=True, exist_ok=True)
+    print(
+        f"The whole takes a few minutes. Stopped, it goes on where it was. Results: {args.output}"
+    )
+    import transformers
 
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # of loading, which takes no time here
+    transformers.set_seed(0)
     started = time.monotonic()
     base = _pretrain(args.output, args.pretrain_steps)
-    adapter, before, finetune_log = _finetune(args.output, base, args.finetune_steps)
-    results = {"pairs loss before": before, **_compare(base, adapter)}
+    adapter, finetuning = _finetune(args.output, base, args.finetune_steps)
+    print("3/3 Everything again from disk: quantize, load the adapter, generate, merge")
+    results = {**_compare(base, adapter), "fine-tuning tokens/s": finetuning["tokens_per_second"]}
     results["seconds"] = time.monotonic() - started
-    results["QLoRA tokens/s"] = finetune_log["tokens_per_second"]
-    _plot(args.output)
+    _plot(args.output, results)
     text = json.dumps(results, indent=2, ensure_ascii=False)
     write_atomically(
-        args.output / "results.json", lambda path: Path(path).write_text(text, encoding="utf-8")
+        {args.output / "results.json": lambda path: Path(path).write_text(text, encoding="utf-8")}
     )
-    _print_table(results, args.output)
+    print_table(results, args.output)
     return 0
 
 
 def _train(
     model: Any, dataset: Any, output: Path, steps: int, collator: Any = None, **options: Any
-) -> dict[str, Any]:
-    """Run Trainer in ``output``, from its last sound checkpoint if there is one."""
+) -> float:
+    """Run Trainer in ``output``, from its last sound checkpoint if there is one.
+
+    Returns the tokens a second.
+    """
     import torch
     from transformers import Trainer, TrainingArguments
 
+    from nf4.cli.progress import show_status
     from nf4.integrations.trainer import find_resume_checkpoint
 
     optimizer = options.pop("optimizer", None)
@@ -74,6 +82,7 @@ def _train(
         dataloader_pin_memory=torch.cuda.is_available(),
         warmup_steps=steps // 20,
         lr_scheduler_type="cosine",
+        include_num_input_tokens_seen="non_padding" if collator else "all",
         **options,
     )
     trainer = Trainer(
@@ -83,14 +92,13 @@ def _train(
         data_collator=collator,
         optimizer_cls_and_kwargs=optimizer,
     )
+    status = show_status(trainer)
     resume = find_resume_checkpoint(output)
     if resume is not None:
         print(f"Resuming from {resume}")
-    started = time.monotonic()
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_state()
-    elapsed = time.monotonic() - started
-    return {"seconds": elapsed, "log": trainer.state.log_history}
+    return status.speed
 
 
 def _pretrain(output: Path, steps: int) -> Path:
@@ -102,10 +110,10 @@ def _pretrain(output: Path, steps: int) -> Path:
 
     final = output / "base"
     if final.exists():
-        print(f"Base model: {final} is there already")
+        print(f"1/3 Base model: {final} is there already")
         return final
     text = corpus_text()
-    print(f"Base model: a small Llama from scratch on {len(text) / 1e6:.1f} MB of Python text")
+    print(f"1/3 Base model: a small Llama from scratch on {len(text) / 1e6:.1f} MB of Python text")
     tokenizer = train_tokenizer(text, VOCAB_SIZE)
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
@@ -152,8 +160,8 @@ def _load(base: Path, lora: Any = None, quantize: bool = True) -> tuple[Any, Any
     return model.eval(), tokenizer
 
 
-def _finetune(output: Path, base: Path, steps: int) -> tuple[Path, float, dict[str, Any]]:
-    """QLoRA on the pairs: the adapter's folder, the loss before, and the run's figures."""
+def _finetune(output: Path, base: Path, steps: int) -> tuple[Path, dict[str, Any]]:
+    """QLoRA on the pairs: the adapter's folder and the run's figures."""
     from transformers import DataCollatorForSeq2Seq
 
     import nf4
@@ -162,15 +170,14 @@ def _finetune(output: Path, base: Path, steps: int) -> tuple[Path, float, dict[s
 
     final, notes = output / "adapter", output / "finetune.json"
     if final.exists() and notes.exists():
-        print(f"Adapter: {final} is there already")
-        saved = json.loads(notes.read_text())
-        return final, saved["before"], saved
+        print(f"2/3 Adapter: {final} is there already")
+        return final, json.loads(notes.read_text())
     lora = nf4.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
     model, tokenizer = _load(base, lora)
-    nf4.print_trainable_parameters(model)
     dataset = Pairs(tokenizer)
-    before = _pairs_loss(model, dataset)
-    figures = _train(
+    print(f"2/3 QLoRA: LoRA adapters over the model in NF4, on {len(dataset)} instruction pairs")
+    nf4.print_trainable_parameters(model)
+    speed = _train(
         model,
         dataset,
         output / "finetune",
@@ -179,17 +186,11 @@ def _finetune(output: Path, base: Path, steps: int) -> tuple[Path, float, dict[s
         per_device_train_batch_size=len(dataset),
         optimizer=(PagedAdamW8bit, {"lr": 5e-3, "weight_decay": 0.0}),
     )
-    speed = next(e for e in reversed(figures["log"]) if "train_steps_per_second" in e)
-    tokens = sum(len(row["input_ids"]) for row in dataset.rows)
-    figures = {
-        "before": before,
-        "tokens_per_second": speed["train_steps_per_second"] * tokens,
-        "seconds": figures["seconds"],
-    }
     nf4.save_adapter(model, final)
+    figures = {"tokens_per_second": speed}
     text = json.dumps(figures)
-    write_atomically(notes, lambda path: Path(path).write_text(text))
-    return final, before, figures
+    write_atomically({notes: lambda path: Path(path).write_text(text)})
+    return final, figures
 
 
 def _pairs_loss(model: Any, dataset: Any) -> float:
@@ -210,49 +211,56 @@ def _pairs_loss(model: Any, dataset: Any) -> float:
     return total / count
 
 
-def _answers(model: Any, tokenizer: Any) -> tuple[list[tuple[str, str]], float]:
-    """Greedy answers to every instruction, and the tokens generated a second."""
+def _answers(model: Any, tokenizer: Any, length: int) -> tuple[list[str], float]:
+    """Greedy answers of at most ``length`` tokens, and the tokens generated a second."""
     import torch
     from tqdm.auto import tqdm
 
     from nf4.cli.demo_corpus import pairs, prompt
 
     answers, tokens, started = [], 0, time.monotonic()
-    for pair in tqdm(pairs(), desc="Generating", unit="answer", disable=None):
+    for pair in tqdm(pairs(), desc="Generating", unit="answer", disable=None, leave=False):
         inputs = tokenizer(prompt(pair["instruction"]), return_tensors="pt").to(model.device)
         inputs.pop("token_type_ids", None)
         with torch.no_grad():
-            ids = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+            ids = model.generate(**inputs, max_new_tokens=length, do_sample=False)
         new = ids[0, inputs["input_ids"].shape[1] :]
         tokens += len(new)
-        answers.append((pair["instruction"], tokenizer.decode(new, skip_special_tokens=True)))
+        answers.append(tokenizer.decode(new, skip_special_tokens=True))
     return answers, tokens / (time.monotonic() - started)
 
 
 def _compare(base: Path, adapter: Path) -> dict[str, Any]:
     """Reload everything from disk and measure each stage."""
     import nf4
-    from nf4.cli.demo_corpus import Pairs
+    from nf4.cli.demo_corpus import Pairs, pairs
 
-    results: dict[str, Any] = {}
-    plain, tokenizer = _load(base, quantize=False)
-    results["16-bit bytes"] = model_bytes(plain)
-    del plain
-    model, tokenizer = _load(base)
+    model, tokenizer = _load(base, quantize=False)
     dataset = Pairs(tokenizer)
-    results["NF4 bytes"] = model_bytes(model)
+    stages: dict[str, Any] = {"16-bit base": _stage(model, dataset)}
+    model, _ = _load(base)
+    stages["NF4 base"] = _stage(model, dataset)
+    before, _ = _answers(model, tokenizer, length=16)
     nf4.load_adapter(model, adapter)
-    results["adapter bytes"] = (adapter / "adapter_model.safetensors").stat().st_size
-    results["pairs loss after (NF4 + adapter, reloaded)"] = _pairs_loss(model, dataset)
-    results["answers"], results["generated tokens/s"] = _answers(model, tokenizer)
-    results["linear bytes 16-bit"], results["linear bytes NF4"] = _linear_bytes(model)
-    merged = nf4.merge_and_unload(model, into="16bit")
-    results["pairs loss merged into 16 bits"] = _pairs_loss(merged, dataset)
+    stages["NF4 + adapter, reloaded"] = _stage(model, dataset)
+    after, speed = _answers(model, tokenizer, length=64)
+    bytes_16bit, bytes_nf4 = _linear_bytes(model)
+    stages[MERGED_16BIT] = _stage(nf4.merge_and_unload(model, into="16bit"), dataset)
     model, _ = _load(base)
     nf4.load_adapter(model, adapter)
-    merged = nf4.merge_and_unload(model, into="nf4", base=base)
-    results["pairs loss merged into NF4 (16-bit base)"] = _pairs_loss(merged, dataset)
-    return results
+    stages[MERGED_NF4] = _stage(nf4.merge_and_unload(model, into="nf4", base=base), dataset)
+    instructions = [pair["instruction"] for pair in pairs()]
+    return {
+        "stages": stages,
+        "adapter bytes": (adapter / "adapter_model.safetensors").stat().st_size,
+        "linear layers": {"16-bit bytes": bytes_16bit, "NF4 bytes": bytes_nf4},
+        "answers": list(zip(instructions, before, after, strict=True)),
+        "generation tokens/s": speed,
+    }
+
+
+def _stage(model: Any, dataset: Any) -> dict[str, float]:
+    return {"bytes": model_bytes(model), "loss": _pairs_loss(model, dataset)}
 
 
 def _linear_bytes(model: Any) -> tuple[int, int]:
@@ -262,40 +270,74 @@ def _linear_bytes(model: Any) -> tuple[int, int]:
     return 2 * sum(q.numel() for q in quantized), sum(q.nbytes for q in quantized)
 
 
-def _plot(output: Path) -> None:
+def _plot(output: Path, results: dict[str, Any]) -> None:
     """The loss curves of both trainings, from Trainer's own state files."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
-    titles = {"pretrain": "Base model, from scratch", "finetune": "QLoRA on ten pairs"}
-    for ax, (folder, title) in zip(axes, titles.items(), strict=True):
-        log = json.loads((output / folder / "trainer_state.json").read_text())["log_history"]
-        points = [(row["step"], row["loss"]) for row in log if "loss" in row]
-        ax.plot(*zip(*points, strict=True))
-        ax.set(title=title, xlabel="step", ylabel="loss (nats/token)", ylim=(0, None))
-        ax.grid(alpha=0.3)
-    write_atomically(output / "loss.png", lambda path: figure.savefig(path, dpi=120, format="png"))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    left.plot(*_loss_curve(output / "pretrain"))
+    left.set(title="Base model, from scratch on Python's own text", ylim=(0, None))
+    right.semilogy(*_loss_curve(output / "finetune"), label="training")
+    for color, (name, stage) in zip(("C3", "C2"), _before_and_after(results), strict=True):
+        right.axhline(stage["loss"], color=color, linestyle="--", linewidth=1, label=name)
+    right.set(title="QLoRA on ten instruction pairs (log scale)")
+    right.legend()
+    for axes in (left, right):
+        axes.set(xlabel="step", ylabel="loss (nats/token)")
+        axes.grid(alpha=0.3)
+    write_atomically(
+        {output / "loss.png": lambda path: figure.savefig(path, dpi=120, format="png")}
+    )
     pyplot.close(figure)
 
 
-def _print_table(results: dict[str, Any], output: Path) -> None:
+def _loss_curve(folder: Path) -> tuple[list[int], list[float]]:
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    rows = [row for row in log if "loss" in row]
+    return [row["step"] for row in rows], [row["loss"] for row in rows]
+
+
+def _before_and_after(results: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
+    stages = results["stages"]
+    return [(name, stages[name]) for name in ("NF4 base", "NF4 + adapter, reloaded")]
+
+
+def print_table(results: dict[str, Any], output: Path) -> None:
+    """The story in one table: memory and loss of each stage, speeds, answers."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title="nf4 demo", show_header=False)
-    sizes = ("16-bit bytes", "NF4 bytes", "linear bytes 16-bit", "linear bytes NF4")
-    for name, value in results.items():
-        if name in sizes or name == "adapter bytes":
-            table.add_row(name.replace("bytes", "memory").strip(), f"{value / 2**20:.2f} MiB")
-        elif name != "answers":
-            table.add_row(name, f"{value:.4g}")
-    console = Console()
+    def mib(count: float) -> str:
+        return f"{count / 2**20:.2f} MiB"
+
+    def header(*cells: str) -> None:
+        table.add_section()
+        table.add_row(*(Text(cell, style="bold") for cell in cells))
+        table.add_section()
+
+    table = Table(title="nf4 demo", show_header=False, box=box.ROUNDED)
+    header("stage", "memory", "loss on the pairs")
+    for name, stage in results["stages"].items():
+        table.add_row(name, mib(stage["bytes"]), f"{stage['loss']:.4f}")
+    table.add_row("the adapter's file", mib(results["adapter bytes"]), "")
+    linear = results["linear layers"]
+    smaller = linear["16-bit bytes"] / linear["NF4 bytes"]
+    sizes = f"{mib(linear['16-bit bytes'])} -> {mib(linear['NF4 bytes'])}"
+    table.add_row("linear layers alone", sizes, f"{smaller:.2f} times smaller")
+    header("speed", "tokens a second", "")
+    table.add_row("QLoRA fine-tuning", f"{results['fine-tuning tokens/s']:.0f}", "")
+    table.add_row("generation, NF4 + adapter", f"{results['generation tokens/s']:.0f}", "")
+    header("instruction", "NF4 base says", "NF4 + adapter says")
+    for instruction, before, after in results["answers"]:
+        said = repr(before[:18]) + ("..." if len(before) > 18 else "")  # mostly line ends
+        table.add_row(instruction, Text(said, style="dim"), Text(after))
+    console = Console(highlight=False)
     console.print(table)
-    answers = Table("instruction", "answer of NF4 + adapter", title="Generated")
-    for instruction, answer in results["answers"]:
-        answers.add_row(instruction, answer)
-    console.print(answers)
+    minutes, seconds = divmod(round(results["seconds"]), 60)
     console.print(f"Loss curves: {output / 'loss.png'}   All figures: {output / 'results.json'}")
+    console.print(f"This run took {minutes} min {seconds} s.")

@@ -7,20 +7,18 @@ Takes every TrainingArguments option besides its own, on the command line or in 
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 import nf4
 from nf4.cli.data import load_rows, training_form
 from nf4.cli.models import load_model, load_tokenizer, quiet_transformers
+from nf4.cli.progress import show_status
 from nf4.integrations.trainer import find_resume_checkpoint
 from nf4.lora.prepare import count_parameters
 
@@ -102,9 +100,7 @@ def _train(own: FinetuneArguments, training: TrainingConfig) -> int:
         peft_config=_peft_config(own, model),
         optimizer_cls_and_kwargs=_optimizer(training),
     )
-    for other in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(other)
-    trainer.add_callback(Status())
+    show_status(trainer)
     trainable, total = count_parameters(model)  # PEFT put the adapters into it
     print(f"Training {trainable:,} of {total:,} parameters ({100 * trainable / total:.3f} %)")
     if resume is not None:
@@ -169,59 +165,6 @@ def _optimizer(training: TrainingConfig) -> Any:
         "betas": (training.adam_beta1, training.adam_beta2),
         "eps": training.adam_epsilon,
     }
-
-
-class Status(ProgressCallback):
-    """The progress bar with loss, tokens a second and memory beside it.
-
-    Where there is no terminal, a line for each log entry.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.started, self.first_tokens = time.monotonic(), 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if sys.stderr.isatty():
-            super().on_train_begin(args, state, control, **kwargs)
-        self.started, self.first_tokens = time.monotonic(), state.num_input_tokens_seen
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.training_bar is not None:
-            super().on_step_end(args, state, control, **kwargs)
-
-    def on_prediction_step(
-        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
-    ) -> None:
-        if self.training_bar is not None:
-            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.training_bar is not None:
-            super().on_train_end(args, state, control, **kwargs)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not logs:
-            return
-        elapsed = time.monotonic() - self.started
-        speed = (state.num_input_tokens_seen - self.first_tokens) / max(elapsed, 1e-9)
-        status = {"tokens/s": f"{speed:.0f}", "memory": f"{_memory() / 2**30:.2f} GiB"}
-        losses = {k: f"{float(logs[k]):.4f}" for k in ("loss", "eval_loss") if k in logs}
-        status = {**losses, **status}
-        if self.training_bar is not None:
-            self.training_bar.set_postfix(status)
-        elif losses:
-            shown = ", ".join(f"{name} {value}" for name, value in status.items())
-            print(f"step {state.global_step}/{state.max_steps}: {shown}", flush=True)
-
-
-def _memory() -> float:
-    """Bytes in use: the GPU's, or this process's peak."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_allocated())
-    import resource
-
-    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def plot_losses(log: list[dict[str, Any]], path: Path) -> None:
