@@ -73,6 +73,24 @@ def test_backward(case: Matmul, dtype: torch.dtype, backend: str, device: torch.
 
 
 @dtypes
+@pytest.mark.parametrize("m, block_size", [(1, 64), (2, 128), (3, 64), (4, 128), (13, 64)])
+def test_rows_of_many_segments(
+    m: int, block_size: int, dtype: torch.dtype, backend: str, device: torch.device
+) -> None:
+    """Rows longer than what a kernel takes at once of each."""
+    skip_if_emulated(backend, device)
+    case = Matmul((m,), 6, 17_024, block_size=block_size, nested=True)
+    weight, dense = case.weight(device)
+    x = torch.randn(m, case.k, dtype=dtype, device=device)
+
+    y = op("linear")(x, *weight, None, case.n, block_size, case.format_id)
+
+    exact = F.linear(x.double(), dense.double())
+    error = torch.linalg.vector_norm(y.double() - exact) / torch.linalg.vector_norm(exact)
+    assert error <= max(1e-5, 2 * ROUNDING[dtype])
+
+
+@dtypes
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 def test_every_weight_is_read_once(
     dtype: torch.dtype, nested: bool, backend: str, device: torch.device

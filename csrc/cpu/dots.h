@@ -18,9 +18,11 @@ bool can_dot(const Product& p, int64_t columns) {
          has_row_groups(p.b);
 }
 
-// Elements of a segment: 32 KiB of x beside W's stream.
+// Elements of a segment: at most 32 KiB of x beside W's stream, and a power of two, for segments to
+// begin and end with blocks.
 template <class Math, int kRows>
-constexpr int64_t kSegment = (int64_t{1} << 15) / (kRows * sizeof(typename Math::Element));
+constexpr int64_t kSegment = (int64_t{1} << 15) /
+                             ((kRows == 3 ? 4 : kRows) * sizeof(typename Math::Element));
 
 // x in the order that the nibbles of kWidth dwords come in: [chunk][row][part][lane], zero-padded.
 template <class Math>
@@ -122,7 +124,8 @@ void dot_rows(const Product& p, const uint32_t* x, int64_t column, int64_t colum
   int32_t lane_scales[kWidth];
   for (int i = 0; i < kWidth; ++i) lane_scales[i] = (8 * i) >> weight.block_shift;
   const I scale_of_lane = load_dwords(lane_scales);
-  constexpr int64_t kStep = kSegment<Math, kRows>;  // a multiple of every block up to 2048
+  constexpr int64_t kStep = kSegment<Math, kRows>;
+  static_assert(kStep % kChunk == 0 && (kStep & (kStep - 1)) == 0);
   for (int64_t first = 0; first < p.depth; first += kStep) {
     const int64_t depth = min(kStep, p.depth - first);
     const int64_t first_block = first >> weight.block_shift;
