@@ -27,9 +27,11 @@ _BASE_LAYER = ".base_layer"
 def write_atomically(writers: Mapping[Path, Callable[[str], object]]) -> None:
     """Call each writer with a temporary name beside its path, then rename all of them.
 
-    On any error the temporary files are removed and every path stays as it was.
+    On any error the temporary files are removed and every path stays as it was. Raises OSError,
+    naming the path, for a file that cannot be written.
     """
     temporaries: dict[Path, str] = {}
+    path = Path()
     try:
         for path, write in writers.items():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,9 +44,11 @@ def write_atomically(writers: Mapping[Path, Callable[[str], object]]) -> None:
                 os.fsync(written.fileno())
         for path, temporary in temporaries.items():
             os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         for temporary in temporaries.values():
             Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise OSError(f"nf4: {path} must be writable, nothing changed: {error}") from error
         raise
 
 
