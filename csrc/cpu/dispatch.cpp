@@ -1,6 +1,7 @@
 // Chooses the instruction set at run time, and owns what all of them share: threads and scratch.
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include <cstdio>
@@ -119,6 +120,17 @@ void* scratch(int64_t bytes) {
 void* shared_scratch(int64_t bytes) {
   thread_local Buffer buffer;
   return buffer.reserve(bytes);
+}
+
+int64_t l1_bytes() {
+  static const int64_t bytes = [] {
+    long found = 0;
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+    found = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+#endif
+    return found > 0 ? int64_t{found} : int64_t{32} << 10;
+  }();
+  return bytes;
 }
 
 void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {

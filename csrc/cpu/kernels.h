@@ -133,6 +133,9 @@ const Pool& pool();
 void* scratch(int64_t bytes);
 void* shared_scratch(int64_t bytes);
 
+// Size of each core's first-level data cache; 32 KiB where the system does not tell.
+int64_t l1_bytes();
+
 // Asks for huge pages under a new buffer that nothing has been written to; small ones are left as
 // they are. A matmul of few rows walks through its weight once per call, and with 4 KiB pages it
 // waits for page tables: one row takes 1.5x as long (4096x4096, Zen 5, virtual machine).
