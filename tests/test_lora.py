@@ -139,6 +139,27 @@ def test_merge_needs_every_base_weight(tmp_path: Path) -> None:
     assert not any(isinstance(m, nf4.Linear4bitLoRA) for m in model.modules())
 
 
+@pytest.mark.parametrize("into", ["16bit", "nf4"])
+def test_a_damaged_base_is_refused(into: str, tmp_path: Path) -> None:
+    model, base = _prepared()
+    name = "model.layers.0.self_attn.q_proj"
+    for wrong in (base[f"{name}.weight"][:, :1], base[f"{name}.weight"][:1]):
+        with pytest.raises(ValueError, match=rf"{name} in base must have shape \[64, 64\], got"):
+            nf4.merge_and_unload(copy.deepcopy(model), into, base={**base, f"{name}.weight": wrong})
+    whole = tiny_llama()
+    whole.save_pretrained(tmp_path, max_shard_size="100KB")
+    shard = max(tmp_path.glob("*.safetensors"))
+    for size in (shard.stat().st_size - 1, 7, 0):
+        shard.write_bytes(shard.read_bytes()[:size])
+        with pytest.raises(ValueError, match=f"{shard.name} is truncated or damaged"):
+            nf4.merge_and_unload(copy.deepcopy(model), into, base=tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    for text in ("{", "[]", "{}"):
+        index.write_text(text)
+        with pytest.raises(ValueError, match="must hold a weight_map"):
+            nf4.merge_and_unload(copy.deepcopy(model), into, base=tmp_path)
+
+
 def _small_adapter(size: int, share: float) -> tuple[nn.Linear, nf4.Linear4bitLoRA, torch.Tensor]:
     """A Gaussian layer with a rank-16 adapter of ``share`` of the weight's norm."""
     linear = nn.Linear(size, size, bias=False)

@@ -57,10 +57,11 @@ def test_loads_bitsandbytes_keys_and_adopts_their_layout(layout: dict) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double", "to"])
 def test_casts_leave_codes_and_scales(layout: dict, cast: str) -> None:
     layer = _layer(**layout)
-    cast_layer = getattr(copy.deepcopy(layer), cast)()
+    arguments = ("cpu", torch.float16) if cast == "to" else ()
+    cast_layer = getattr(copy.deepcopy(layer), cast)(*arguments)
     _same_bytes(layer, cast_layer)
     assert cast_layer.lora_A.dtype is not torch.float32
     assert cast_layer.bias.dtype is cast_layer.lora_A.dtype
@@ -189,8 +190,15 @@ def test_bad_settings_are_refused() -> None:
         nf4.NF4Config(format="int4")
 
 
-def test_compiles_without_a_graph_break() -> None:
-    layer = _layer(block_size=64, double_quant=True, format="nf4").train()
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"compute_dtype": torch.bfloat16}, {"lora_dropout": 0.5}],
+    ids=["plain", "compute_dtype", "dropout"],
+)
+def test_compiles_without_a_graph_break(settings: dict) -> None:
+    """bitsandbytes breaks where the bias has another dtype than the computation (ecosystem B9)."""
+    torch._dynamo.reset()
+    layer = _layer(**settings).train()
     x = torch.randn(3, 100, requires_grad=True)
 
     def step(module: nn.Module) -> list[torch.Tensor]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from nf4.nn.embedding import NF4Embedding
@@ -35,7 +37,8 @@ def merge_and_unload(
     weights, or a state dict of them; None takes the dequantized weights. For "16bit" the
     dequantized weight is what the adapter was trained against. For "nf4" pass the 16-bit base:
     requantizing a dequantized weight loses nearly all of a small adapter. Returns ``model``.
-    Raises KeyError when ``base`` lacks a weight, before anything changes.
+    Raises KeyError when ``base`` lacks a weight, before anything changes, and ValueError for a
+    damaged file and for a weight of another shape.
     """
     if into not in ("16bit", "nf4"):
         raise ValueError(f"nf4.merge_and_unload: into must be '16bit' or 'nf4', got {into!r}")
@@ -45,8 +48,13 @@ def merge_and_unload(
     read = base_reader(base, [name for name, _ in layers])
     for name, layer in layers:
         weight = None if read is None else read(name)
-        if weight is not None and layer.fan_in_fan_out:
-            weight = weight.T
+        if weight is not None:
+            weight = weight.T if layer.fan_in_fan_out else weight
+            if weight.shape != layer.weight_shape:
+                raise ValueError(
+                    f"nf4.merge_and_unload: {name} in base must have shape "
+                    f"{list(layer.weight_shape)}, got {list(weight.shape)}"
+                )
         if into == "16bit":
             new: nn.Module = _to_16bit(layer, weight, dtype)
         else:
@@ -120,7 +128,7 @@ def base_reader(base: Base | None, names: list[str]) -> Callable[[str], Tensor] 
     keys = _keys(names, files)
 
     def read(name: str) -> Tensor:
-        with safe_open(files[keys[name]], framework="pt") as file:
+        with _opened(files[keys[name]]) as file:
             return file.get_tensor(keys[name])
 
     return read
@@ -147,6 +155,17 @@ def _keys(names: list[str], base: Mapping[str, object]) -> dict[str, str]:
     return found
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(
+            f"nf4.merge_and_unload: {path} is truncated or damaged: {error}"
+        ) from error
+
+
 def _weight_files(path: Path) -> dict[str, Path]:
     """The safetensors file of each tensor under ``path``."""
     if path.is_file():
@@ -154,12 +173,18 @@ def _weight_files(path: Path) -> dict[str, Path]:
     else:
         index = path / "model.safetensors.index.json"
         if index.exists():
-            return {k: path / v for k, v in json.loads(index.read_text())["weight_map"].items()}
+            try:
+                named = json.loads(index.read_bytes())["weight_map"]
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"nf4.merge_and_unload: {index} must hold a weight_map: {error}"
+                ) from error
+            return {key: path / shard for key, shard in named.items()}
         shards = sorted(path.glob("*.safetensors"))
     if not shards:
         raise FileNotFoundError(f"nf4.merge_and_unload: no safetensors file in {path}")
     files = {}
     for shard in shards:
-        with safe_open(shard, framework="pt") as file:
+        with _opened(shard) as file:
             files.update(dict.fromkeys(file.keys(), shard))
     return files
