@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from nf4 import cli
+
 for package in ("transformers", "rich", "matplotlib"):
     pytest.importorskip(package)
 
@@ -71,3 +73,16 @@ def test_a_stopped_demo_resumes_and_finishes(tmp_path: Path) -> None:
     assert results["fine-tuning tokens/s"] > 0 and results["generation tokens/s"] > 0
     assert len(results["answers"]) == 10
     assert (output / "loss.png").read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.parametrize("package", ["rich", "matplotlib"])
+def test_a_missing_package_is_missed_at_once(
+    package: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    assert cli.main(["demo", "--output", str(tmp_path / "demo")]) == 1
+    assert "pip install 'nf4[cli]'" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()

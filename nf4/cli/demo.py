@@ -32,14 +32,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--pretrain-steps", type=int, default=PRETRAIN_STEPS)
     parser.add_argument("--finetune-steps", type=int, default=FINETUNE_STEPS)
     args = parser.parse_args(arguments)
+    # What the last stage needs is missed now, not after minutes of training.
+    import matplotlib  # noqa: F401
+    import rich  # noqa: F401
+    import transformers
+
     if args.fresh and args.output.exists():
         shutil.rmtree(args.output)
     args.output.mkdir(parents=True, exist_ok=True)
-    print(
-        f"The whole takes a few minutes. Stopped, it goes on where it was. Results: {args.output}"
-    )
-    import transformers
-
+    print(f"This takes a few minutes; stopped, it goes on where it was. Results: {args.output}/")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # of loading, which takes no time here
     transformers.set_seed(0)
