@@ -182,6 +182,21 @@ def test_sanitizers() -> None:
     assert script.returncode == 0, (script.stdout + script.stderr)[-4000:]
 
 
+@pytest.mark.check
+@pytest.mark.skipif(
+    shutil.which("aarch64-linux-gnu-g++") is None, reason="needs a cross compiler for aarch64"
+)
+@pytest.mark.parametrize("source", ["isa_portable.cpp", "dispatch.cpp"])
+def test_portable_level_compiles_for_aarch64(source: str, tmp_path: Path) -> None:
+    """Compiled, not run: with the flags of setup.py, and warnings as errors."""
+    root = HERE.parent
+    flags = ["-std=c++17", "-O3", "-fPIC", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off"]
+    target = tmp_path / "object.o"
+    command = ["aarch64-linux-gnu-g++", *flags, f"-I{root / 'csrc/include'}", "-c"]
+    subprocess.run([*command, str(root / "csrc/cpu" / source), "-o", str(target)], check=True)
+    assert target.read_bytes()[18:20] == b"\xb7\x00"  # ELF's e_machine: AArch64
+
+
 def _advised(address: int) -> bool:
     """Whether the mapping that holds ``address`` has been asked to use huge pages."""
     inside = False
