@@ -37,12 +37,14 @@ constexpr BytePlanes make_planes(const float (&codes)[256]) {
 alignas(64) constexpr BytePlanes kSignedPlanes = make_planes(kDynamic8Codes);
 alignas(64) constexpr BytePlanes kUnsignedPlanes = make_planes(kDynamic8UnsignedCodes);
 
-// values[j], lane i = the value of codes[16 * j + i].
-inline void look_up(const BytePlanes& planes, const uint8_t* codes, F (&values)[4]) {
+// values[j], lane i = the value of codes[16 * j + i], of which count are read, at most 64.
+inline void look_up(const BytePlanes& planes, const uint8_t* codes, F (&values)[4],
+                    int64_t count = 64) {
   // Unpacking works within 128-bit lanes: a 4 x 4 transposition of dwords beforehand puts the
   // results in order.
   const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const I index = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(codes));
+  const I index =
+      _mm512_permutexvar_epi32(order, _mm512_maskz_loadu_epi8(~0ull >> (64 - count), codes));
   const __mmask64 upper = _mm512_movepi8_mask(index);
   I byte[4];
   for (int b = 0; b < 4; ++b) {

@@ -70,12 +70,14 @@ inline void read_scales(const Weight& w, int64_t block, int64_t count, float* ou
   int64_t i = 0;
 #if NF4_ISA >= NF4_ISA_AVX512_BF16
   // Groups of kWidth that start at a multiple of it share a nested block.
-  for (; !w.absmax && block % kWidth == 0 && i + 64 <= count; i += 64) {
+  for (; !w.absmax && block % kWidth == 0 && i < count; i += 64) {
+    const int64_t codes = min(64, count - i);
     F values[4];
-    look_up(kSignedPlanes, w.codes + block + i, values);
-    for (int j = 0; j < 4; ++j) {
-      const F by = broadcast(w.nested_absmax[(block + i + j * kWidth) >> kNestedShift]);
-      store(out + i + j * kWidth, add(mul(values[j], by), broadcast(w.offset)));
+    look_up(kSignedPlanes, w.codes + block + i, values, codes);
+    for (int64_t j = 0; j < codes; j += kWidth) {
+      const F by = broadcast(w.nested_absmax[(block + i + j) >> kNestedShift]);
+      store(out + i + j, min(kWidth, codes - j),
+            add(mul(values[j / kWidth], by), broadcast(w.offset)));
     }
   }
 #endif

@@ -17,6 +17,10 @@ inline F zero() { return _mm512_setzero_ps(); }
 inline F broadcast(float v) { return _mm512_set1_ps(v); }
 inline F load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+// The first count lanes of v.
+inline void store(float* p, int64_t count, F v) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>(0xffffu >> (kWidth - count)), v);
+}
 inline F add(F a, F b) { return _mm512_add_ps(a, b); }
 inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
