@@ -335,7 +335,7 @@ def print_table(results: dict[str, Any], output: Path) -> None:
     table.add_row("generation, NF4 + adapter", f"{results['generation tokens/s']:.0f}", "")
     header("instruction", "NF4 base says", "NF4 + adapter says")
     for instruction, before, after in results["answers"]:
-        said = repr(before[:18]) + ("..." if len(before) > 18 else "")  # mostly line ends
+        said = " ".join(before.split())[:24] or "(blank lines)"
         table.add_row(instruction, Text(said, style="dim"), Text(after))
     console = Console(highlight=False)
     console.print(table)
