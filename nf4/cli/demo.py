@@ -322,6 +322,8 @@ def print_table(results: dict[str, Any], output: Path) -> None:
         table.add_section()
 
     table = Table(title="nf4 demo", show_header=False, box=box.ROUNDED)
+    for _ in range(3):
+        table.add_column(overflow="fold")  # Chinese has no spaces to break at
     header("stage", "memory", "loss on the pairs")
     for name, stage in results["stages"].items():
         table.add_row(name, mib(stage["bytes"]), f"{stage['loss']:.4f}")
