@@ -33,28 +33,46 @@ struct Largest {
   static uint32_t magnitude(float x) { return float_bits(x) & 0x7fffffff; }
 };
 
-// New moments of a block from the old ones; new_m and new_v may be m and v. Returns the largest
-// magnitudes, NaN where there is one.
-inline Largest update_moments(const float* g, const float* m, const float* v, const AdamWVectors& s,
-                              float* new_m, float* new_v) {
+// Moments that lie in memory as floats.
+struct StoredMoments {
+  static constexpr int kVectors = 1;
+  const float *m, *v;
+  void read(int64_t i, F (&old_m)[1], F (&old_v)[1]) const {
+    old_m[0] = load(m + i);
+    old_v[0] = load(v + i);
+  }
+};
+
+// New moments of a block from the old ones, whose memory they may take, and the denominators of the
+// parameters' change. Returns the largest magnitudes, NaN where there is one.
+template <class Moments>
+inline Largest update_moments(const float* g, const Moments& old, const AdamWVectors& s,
+                              float* new_m, float* new_v, float* denominator) {
+  constexpr int kVectors = Moments::kVectors;
   I largest_m = splat(0), largest_v = splat(0);
-  for (int64_t i = 0; i < kStateBlock; i += kWidth) {
-    const F grad = load(g + i);
-    const F next_m = add(mul(s.beta1, load(m + i)), mul(s.gain1, grad));
-    const F next_v = add(mul(s.beta2, load(v + i)), mul(mul(s.gain2, grad), grad));
-    largest_m = max(largest_m, magnitude_bits(next_m));
-    largest_v = max(largest_v, magnitude_bits(next_v));
-    store(new_m + i, next_m);
-    store(new_v + i, next_v);
+  for (int64_t i = 0; i < kStateBlock; i += kVectors * kWidth) {
+    F m[kVectors], v[kVectors];
+    old.read(i, m, v);
+    for (int j = 0; j < kVectors; ++j) {
+      const int64_t at = i + j * kWidth;
+      const F grad = load(g + at);
+      m[j] = add(mul(s.beta1, m[j]), mul(s.gain1, grad));
+      v[j] = add(mul(s.beta2, v[j]), mul(mul(s.gain2, grad), grad));
+      largest_m = max(largest_m, magnitude_bits(m[j]));
+      largest_v = max(largest_v, magnitude_bits(v[j]));
+      store(new_m + at, m[j]);
+      store(new_v + at, v[j]);
+      store(denominator + at, add(mul(sqrt(v[j]), s.inverse_c2), s.eps));
+    }
   }
   return {bits_float(static_cast<uint32_t>(reduce_max(largest_m))),
           bits_float(static_cast<uint32_t>(reduce_max(largest_v)))};
 }
 
 // One vector of parameters.
-inline void update_vector(const float* m, const float* v, const AdamWVectors& s, float* p) {
-  const F denominator = add(mul(sqrt(load(v)), s.inverse_c2), s.eps);
-  const F ratio = div(load(m), denominator);
+inline void update_vector(const float* m, const float* denominator, const AdamWVectors& s,
+                          float* p) {
+  const F ratio = div(load(m), load(denominator));
   store(p, sub(mul(load(p), s.decay), mul(s.step_size, ratio)));
 }
 
@@ -129,6 +147,7 @@ inline bool step_block(const AdamWParam& t, int64_t block, const AdamWVectors& s
   const int64_t first = block * kStateBlock;
   const int64_t count = min(kStateBlock, t.numel - first);
   alignas(64) float p_buffer[kStateBlock], g_buffer[kStateBlock], m[kStateBlock], v[kStateBlock];
+  alignas(64) float denominator[kStateBlock];
   const float* g = block_of(t.grad, first, count, g_buffer);
   Largest largest;
   // Each array is fetched shortly before its counterpart of this block is used: 40 lines at once
@@ -138,19 +157,26 @@ inline bool step_block(const AdamWParam& t, int64_t block, const AdamWVectors& s
   prefetch(t.state1, next, state_size);
   prefetch(t.state2, next, state_size);
   if (t.absmax1) {
-    alignas(64) uint8_t buffer[kStateBlock];
-    const auto* codes1 = static_cast<const uint8_t*>(t.state1) + first;
-    const auto* codes2 = static_cast<const uint8_t*>(t.state2) + first;
-    decode_block<true>(codes_of(codes1, count, kSignedZero, buffer), t.absmax1[block], m);
+    alignas(64) uint8_t buffer1[kStateBlock], buffer2[kStateBlock];
+    const auto* stored1 = static_cast<const uint8_t*>(t.state1) + first;
+    const auto* stored2 = static_cast<const uint8_t*>(t.state2) + first;
+    const uint8_t* codes1 = codes_of(stored1, count, kSignedZero, buffer1);
+    const uint8_t* codes2 = codes_of(stored2, count, 0, buffer2);
     prefetch(t.grad.data, next, size_of(t.grad.dtype));
-    decode_block<false>(codes_of(codes2, count, 0, buffer), t.absmax2[block], v);
-    largest = update_moments(g, m, v, s, m, v);
+#if NF4_ISA >= NF4_ISA_AVX512_BF16
+    const CodedMoments old = {codes1, codes2, t.absmax1[block], t.absmax2[block]};
+#else
+    decode_block<true>(codes1, t.absmax1[block], m);
+    decode_block<false>(codes2, t.absmax2[block], v);
+    const StoredMoments old = {m, v};
+#endif
+    largest = update_moments(g, old, s, m, v, denominator);
   } else {
     const Matrix state1 = {t.state1, DType::kFloat32}, state2 = {t.state2, DType::kFloat32};
     const float* old_m = block_of(state1, first, count, m);
     prefetch(t.grad.data, next, size_of(t.grad.dtype));
     const float* old_v = block_of(state2, first, count, v);
-    largest = update_moments(g, old_m, old_v, s, m, v);
+    largest = update_moments(g, StoredMoments{old_m, old_v}, s, m, v, denominator);
   }
   if (!largest.finite()) return false;
 
@@ -163,12 +189,12 @@ inline bool step_block(const AdamWParam& t, int64_t block, const AdamWVectors& s
     auto* codes1 = static_cast<uint8_t*>(t.state1) + first;
     auto* codes2 = static_cast<uint8_t*>(t.state2) + first;
     // Half of the parameters during the search for either moment's codes: dividing leaves most of
-    // the machine free (6 % of the step, AVX-512, Zen 5).
+    // the machine free.
     const auto even = [&](int64_t i) {
-      if (i % (2 * kWidth) == 0) update_vector(m + i, v + i, s, p + i);
+      if (i % (2 * kWidth) == 0) update_vector(m + i, denominator + i, s, p + i);
     };
     const auto odd = [&](int64_t i) {
-      if (i % (2 * kWidth) != 0) update_vector(m + i, v + i, s, p + i);
+      if (i % (2 * kWidth) != 0) update_vector(m + i, denominator + i, s, p + i);
     };
     encode_block<true>(m, inverse_of(largest.m), direct ? codes1 : buffer1, even);
     encode_block<false>(v, inverse_of(largest.v), direct ? codes2 : buffer2, odd);
@@ -179,7 +205,8 @@ inline bool step_block(const AdamWParam& t, int64_t block, const AdamWVectors& s
     t.absmax1[block] = largest.m;
     t.absmax2[block] = largest.v;
   } else {
-    for (int64_t i = 0; i < kStateBlock; i += kWidth) update_vector(m + i, v + i, s, p + i);
+    for (int64_t i = 0; i < kStateBlock; i += kWidth)
+      update_vector(m + i, denominator + i, s, p + i);
     write_floats(m, count, static_cast<float*>(t.state1) + first);
     write_floats(v, count, static_cast<float*>(t.state2) + first);
   }

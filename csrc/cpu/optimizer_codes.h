@@ -46,15 +46,12 @@ constexpr float kUnsignedThresholds[255] = NF4_DYNAMIC8_UNSIGNED_THRESHOLDS;
 alignas(64) constexpr Decades kSignedDecades = make_decades(kThresholds + kSignedZero, 1);
 alignas(64) constexpr Decades kUnsignedDecades = make_decades(kUnsignedThresholds, 2);
 
-// The arithmetic is right this far from the middle between two thresholds, in ranks: tried for
-// every float from -1 to 1, for which even 2^-16 in place of 2^-14 does.
-constexpr float kUnsure = 0x1p-14f;
-
-// Sets codes that may be one off right.
-template <bool kSigned>
-__attribute__((noinline)) void settle(const float* x, float scale, uint8_t* codes) {
+// Sets codes that may be one off right: of 64, those in the lanes of an index mod kLanes.
+template <bool kSigned, int kLanes>
+__attribute__((noinline)) void settle(const float* x, float scale, uint32_t lanes, uint8_t* codes) {
   const float* thresholds = kSigned ? kThresholds : kUnsignedThresholds;
   for (int i = 0; i < 64; ++i) {
+    if ((lanes >> (i % kLanes) & 1) == 0) continue;
     const float v = x[i] * scale;
     int code = codes[i];
     code += code < 255 && v > thresholds[code];
@@ -67,9 +64,12 @@ __attribute__((noinline)) void settle(const float* x, float scale, uint8_t* code
 
 constexpr int kBinades = 32;
 // Ranks are counted in this share of one: their whole part is then the upper word of an integer,
-// and how far they are from the middle between two the lower.
+// and how far they are above a boundary the lower.
 constexpr float kUnit = 65536.0f;
-constexpr auto kUnsureUnits = static_cast<int16_t>(kUnsure * kUnit);
+// The arithmetic is right this far from a boundary, in units: tried for every float from -1 to 1.
+// Ranks are raised by as much, so that what is unsure lies just above a boundary.
+constexpr int kUnsureUnits = 2;
+constexpr int kSureBits = 0xffff & ~(2 * kUnsureUnits - 1);
 
 // The decades by binade [2^(b - 31), 2^(b - 30)), each of which holds at most one start. Decade 0
 // holds what is below the first start.
@@ -81,8 +81,11 @@ struct Binades {
   float most[16] = {};
 };
 
-// key_scale multiplies the crossings.
-constexpr Binades make_binades(const Decades& d, uint32_t smallest, uint32_t key_scale) {
+constexpr Binades make_binades(const Decades& d, uint32_t smallest, bool is_signed) {
+  // Signed: twice the bits, see decade(); and boundaries are halfway between two ranks, for the
+  // half is added behind the sign. Unsigned: of ranks from 0.
+  const uint32_t key_scale = is_signed ? 2 : 1;
+  const double raise = is_signed ? 0.0 : -0.5 + double{kUnsureUnits} / double{kUnit};
   Binades t;
   double low = 1.0 / (int64_t{1} << 31);
   for (int b = 0; b < kBinades; ++b, low *= 2.0) {
@@ -96,14 +99,14 @@ constexpr Binades make_binades(const Decades& d, uint32_t smallest, uint32_t key
   for (int e = 0; e <= kDecades; ++e) {
     const double size = smallest << e;  // 2n
     t.slope[e] = e == 0 ? 0.0f : d.slope[e - 1] * kUnit;
-    t.start[e] = static_cast<float>((size * 4.0 / 9.0 - 0.5) * kUnit);
-    t.most[e] = static_cast<float>((size - 1.0) * kUnit);
+    t.start[e] = static_cast<float>((size * 4.0 / 9.0 - 0.5 + raise) * double{kUnit});
+    t.most[e] = static_cast<float>((size - 1.0 + raise) * double{kUnit});
   }
   return t;
 }
 
-alignas(64) constexpr Binades kSignedBinades = make_binades(kSignedDecades, 1, 2);
-alignas(64) constexpr Binades kUnsignedBinades = make_binades(kUnsignedDecades, 2, 1);
+alignas(64) constexpr Binades kSignedBinades = make_binades(kSignedDecades, 1, true);
+alignas(64) constexpr Binades kUnsignedBinades = make_binades(kUnsignedDecades, 2, false);
 
 template <bool kSigned>
 struct Ranker {
@@ -112,6 +115,9 @@ struct Ranker {
   const I decade_hi = _mm512_load_si512(kTables.decade + 16);
   const I crossing_lo = _mm512_load_si512(kTables.crossing);
   const I crossing_hi = _mm512_load_si512(kTables.crossing + 16);
+  const F slope = _mm512_load_ps(kTables.slope);
+  const F start = _mm512_load_ps(kTables.start);
+  const F most = _mm512_load_ps(kTables.most);
 
   I decade(F x) const {
     const I bits = _mm512_castps_si512(x);
@@ -132,45 +138,32 @@ struct Ranker {
     const I begins = _mm512_permutex2var_epi32(decade_lo, binade, decade_hi);
     return _mm512_mask_add_epi32(begins, above, begins, splat(1));
   }
-};
 
-template <bool kSigned>
-struct Liner {
-  static constexpr const Binades& kTables = kSigned ? kSignedBinades : kUnsignedBinades;
-  const F slope = _mm512_load_ps(kTables.slope);
-  const F start = _mm512_load_ps(kTables.start);
-  const F most = _mm512_load_ps(kTables.most);
-
-  // The rank and half of one, in units; the rank is negated for positive x in the signed map.
-  I operator()(F x, I decade) const {
-    const F factor = _mm512_permutexvar_ps(decade, slope);
-    const F begin = _mm512_permutexvar_ps(decade, start);
-    const F end = _mm512_permutexvar_ps(decade, most);
-    F line;
-    if (kSigned) {
-      constexpr int kFlipByInverse = 0xd2;  // a ^ (~b & c)
-      const F flipped = _mm512_castsi512_ps(
-          _mm512_ternarylogic_epi32(_mm512_castps_si512(begin), _mm512_castps_si512(x),
-                                    splat(static_cast<int>(0x80000000)), kFlipByInverse));
-      constexpr int kSmallerMagnitude = 2;  // with the sign of the first
-      line = _mm512_range_ps(_mm512_fnmadd_ps(factor, x, flipped), end, kSmallerMagnitude);
-    } else {
-      line = _mm512_min_ps(fma(factor, x, begin), end);
-    }
-    return _mm512_add_epi32(_mm512_cvtps_epi32(line), splat(static_cast<int>(kUnit) / 2));
+  // The rank of x, in units; of -x in the signed map.
+  I operator()(F x) const {
+    const I index = decade(x);
+    const F factor = _mm512_permutexvar_ps(index, slope);
+    const F begin = _mm512_permutexvar_ps(index, start);
+    const F end = _mm512_permutexvar_ps(index, most);
+    if (!kSigned) return _mm512_cvtps_epi32(_mm512_min_ps(fma(factor, x, begin), end));
+    constexpr int kFlipByInverse = 0xd2;  // a ^ (~b & c)
+    const F flipped = _mm512_castsi512_ps(
+        _mm512_ternarylogic_epi32(_mm512_castps_si512(begin), _mm512_castps_si512(x),
+                                  splat(static_cast<int>(0x80000000)), kFlipByInverse));
+    constexpr int kSmallerMagnitude = 2;  // with the sign of the first
+    const F line = _mm512_range_ps(_mm512_fnmadd_ps(factor, x, flipped), end, kSmallerMagnitude);
+    return _mm512_add_epi32(_mm512_cvtps_epi32(line),
+                            splat(static_cast<int>(kUnit) / 2 + kUnsureUnits));
   }
 };
 
-// Which words of two vectors are the lower and the upper halves of their dwords.
+// Which words of two vectors are the upper halves of their dwords.
 struct WordOrder {
-  int16_t low[32] = {}, high[32] = {};
+  int16_t high[32] = {};
 };
 constexpr WordOrder make_word_order() {
   WordOrder o;
-  for (int16_t i = 0; i < 32; ++i) {
-    o.low[i] = static_cast<int16_t>(2 * i);
-    o.high[i] = static_cast<int16_t>(2 * i + 1);
-  }
+  for (int16_t i = 0; i < 32; ++i) o.high[i] = static_cast<int16_t>(2 * i + 1);
   return o;
 }
 alignas(64) constexpr WordOrder kWords = make_word_order();
@@ -178,54 +171,46 @@ alignas(64) constexpr WordOrder kWords = make_word_order();
 // Codes of x * scale for a block, and 1 in place of 0 for x > 0 in the unsigned map. Calls
 // meanwhile(i) for every vector i, i + 1, .. of the block, for work that may go on beside this.
 template <bool kSigned, class Meanwhile>
-void encode_block(const float* x, float scale, uint8_t* codes, const Meanwhile& meanwhile) {
+inline void encode_block(const float* x, float scale, uint8_t* codes, const Meanwhile& meanwhile) {
   const F by = broadcast(scale);
-  alignas(64) float scaled[kStateBlock];
-  alignas(64) int32_t decades[kStateBlock];
   const Ranker<kSigned> ranker;
-  for (int64_t i = 0; i < kStateBlock; i += 16) {
-    const F value = load(x + i);
-    F v = mul(value, by);
-    if (!kSigned) {
-      const I raw = _mm512_castps_si512(value);
-      v = _mm512_mask_max_ps(v, _mm512_test_epi32_mask(raw, raw), v,
-                             broadcast(kDynamic8UnsignedCodes[1]));
-    }
-    store(scaled + i, v);
-    _mm512_store_si512(decades + i, ranker.decade(v));
-    meanwhile(i);
-  }
-  const Liner<kSigned> line;
-  const I low = _mm512_load_si512(kWords.low), high = _mm512_load_si512(kWords.high);
+  const I high = _mm512_load_si512(kWords.high);
   for (int64_t i = 0; i < kStateBlock; i += 64) {
     I rank[4];
+    __mmask16 sure = 0xffff;
     for (int j = 0; j < 4; ++j) {
-      const int64_t at = i + 16 * j;
-      rank[j] = line(load(scaled + at), _mm512_load_si512(decades + at));
+      const F value = load(x + i + 16 * j);
+      F v = mul(value, by);
+      if (!kSigned) {
+        const I raw = _mm512_castps_si512(value);
+        v = _mm512_mask_max_ps(v, _mm512_test_epi32_mask(raw, raw), v,
+                               broadcast(kDynamic8UnsignedCodes[1]));
+      }
+      rank[j] = ranker(v);
+      sure = _mm512_mask_test_epi32_mask(sure, rank[j], splat(kSureBits));
+      meanwhile(i + 16 * j);
     }
     const I first = _mm512_permutex2var_epi16(rank[0], high, rank[1]);
     const I second = _mm512_permutex2var_epi16(rank[2], high, rank[3]);
-    const I off =
-        _mm512_min_epu16(_mm512_abs_epi16(_mm512_permutex2var_epi16(rank[0], low, rank[1])),
-                         _mm512_abs_epi16(_mm512_permutex2var_epi16(rank[2], low, rank[3])));
     I all;
     if (kSigned) {
       // -1.0 is the rank 128 too many: it saturates.
       all = _mm512_sub_epi8(_mm512_set1_epi8(kSignedZero), _mm512_packs_epi16(first, second));
     } else {
-      const I one = _mm512_set1_epi16(1);
-      all = _mm512_packus_epi16(_mm512_sub_epi16(first, one), _mm512_sub_epi16(second, one));
+      all = _mm512_packus_epi16(first, second);
     }
     // Packing works within 128-bit lanes.
     const I order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
     _mm512_storeu_si512(codes + i, _mm512_permutexvar_epi64(order, all));
-    if (_mm512_cmple_epu16_mask(off, _mm512_set1_epi16(kUnsureUnits))) {
-      settle<kSigned>(x + i, scale, codes + i);
-    }
+    if (sure != 0xffff) settle<kSigned, 16>(x + i, scale, ~sure, codes + i);
   }
 }
 
 #else
+
+// The arithmetic is right this far from the middle between two thresholds, in ranks: tried for
+// every float from -1 to 1, for which even 2^-16 in place of 2^-14 does.
+constexpr float kUnsure = 0x1p-14f;
 
 typedef int32_t Lanes __attribute__((vector_size(sizeof(F))));
 
@@ -284,7 +269,7 @@ void encode_block(const float* x, float scale, uint8_t* codes, const Meanwhile& 
     }
     int any = 0;
     for (int lane = 0; lane < kWidth; ++lane) any |= unsure[lane];
-    if (any) settle<kSigned>(x + i, scale, codes + i);
+    if (any) settle<kSigned, 1>(x + i, scale, 1, codes + i);
   }
 }
 
@@ -292,17 +277,20 @@ void encode_block(const float* x, float scale, uint8_t* codes, const Meanwhile& 
 
 #if NF4_ISA >= NF4_ISA_AVX512_BF16
 
-// Values of a block's codes, times scale: four byte look-ups for 64 codes instead of four gathers.
-template <bool kSigned>
-void decode_block(const uint8_t* codes, float scale, float* out) {
-  const BytePlanes& p = kSigned ? kSignedPlanes : kUnsignedPlanes;
-  const F by = broadcast(scale);
-  for (int64_t i = 0; i < kStateBlock; i += 64) {
-    F values[4];
-    look_up(p, codes + i, values);
-    for (int j = 0; j < 4; ++j) store(out + i + 16 * j, mul(values[j], by));
+// The moments of a block by their codes: four byte look-ups for 64 codes instead of four gathers.
+struct CodedMoments {
+  static constexpr int kVectors = 4;
+  const uint8_t *codes1, *codes2;
+  float absmax1, absmax2;
+  void read(int64_t i, F (&m)[4], F (&v)[4]) const {
+    look_up(kSignedPlanes, codes1 + i, m);
+    look_up(kUnsignedPlanes, codes2 + i, v);
+    for (int j = 0; j < 4; ++j) {
+      m[j] = mul(m[j], broadcast(absmax1));
+      v[j] = mul(v[j], broadcast(absmax2));
+    }
   }
-}
+};
 
 #else
 
