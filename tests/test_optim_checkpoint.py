@@ -155,6 +155,16 @@ def remove(name: str) -> Any:
     return lambda state: state["state"][1][NESTED_KEY].pop(name)
 
 
+def small(name: str, change) -> Any:
+    """Damage to a parameter of fewer than 4096 elements, whose moments are float32."""
+
+    def apply(state: dict[str, Any]) -> None:
+        nested = state["state"][2][NESTED_KEY]
+        nested[name] = change(nested[name])
+
+    return apply
+
+
 def put_nan(t: Tensor) -> Tensor:
     t[3] = float("nan")
     return t
@@ -169,6 +179,8 @@ def put_nan(t: Tensor) -> Tensor:
         (damage("state1", lambda t: t.double()), "state1 must be torch.float32"),
         (damage("absmax2", put_nan), "absmax2 must be finite, got NaN or Inf"),
         (damage("absmax2", lambda t: -t), "absmax2 must not be negative"),
+        (small("state2", lambda t: -1.0 - t), "state 2: state2 must not be negative, got -"),
+        (small("state1", put_nan), "state 2: state1 must be finite, got NaN or Inf"),
         (damage("qmap1", lambda t: t * 2), "qmap1 must be the dynamic8 map"),
         (damage("absmax1", lambda t: None), "absmax1 must be a tensor, got NoneType"),
         (remove("state1"), "state1 is missing, got step, state2"),

@@ -113,6 +113,7 @@ def _checked(
         )
     if dtype is torch.float32 and not bool(value.isfinite().all()):
         raise ValueError(f"{where}: {name} must be finite, got NaN or Inf")
-    if name in ("absmax1", "absmax2") and bool((value < 0).any()):
+    # Every float but the first moment: a root is taken of the second.
+    if dtype is torch.float32 and name != "state1" and bool((value < 0).any()):
         raise ValueError(f"{where}: {name} must not be negative, got {value.min().item()}")
     return value.reshape(shape)
