@@ -11,6 +11,7 @@ from cases import DTYPES, dtype_id, skip_if_emulated
 from torch import Tensor, nn
 
 from nf4.optim import AdamW, AdamW8bit, AdamW32bit, PagedAdamW, PagedAdamW8bit, PagedAdamW32bit
+from nf4.optim.launch import Launch
 
 EIGHT_BIT = (AdamW8bit, PagedAdamW8bit)
 CLASSES = (AdamW, AdamW8bit, AdamW32bit, PagedAdamW, PagedAdamW8bit, PagedAdamW32bit)
@@ -118,6 +119,24 @@ def test_groups_override_arguments(backend: str, device: torch.device) -> None:
     run(one, separate_a, [step[:half] for step in gradients])
     run(two, separate_b, [step[half:] for step in gradients])
     assert equal(a + b, separate_a + separate_b)
+
+
+def test_one_call_for_all_parameters_of_a_group(
+    backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8-bit and 32-bit moments, and parameters of every dtype, go into the same call."""
+    params = [p for dtype in DTYPES for p in parameters(device, dtype)]
+    optimizer = AdamW8bit([{"params": params[:7]}, {"params": params[7:]}])
+    sizes: list[int] = []
+    original = Launch._call
+
+    def call(self: Launch, lists) -> None:
+        sizes.append(len(lists.params))
+        original(self, lists)
+
+    monkeypatch.setattr(Launch, "_call", call)
+    run(optimizer, params, random_gradients(params, 2))
+    assert sizes == [7, len(params) - 7] * 2
 
 
 def test_parameters_step_on_their_own(backend: str, device: torch.device) -> None:

@@ -251,3 +251,16 @@ def test_resident_prefix() -> None:
     assert paging.resident_prefix([10, 20, 30], 60) == 3
     assert paging.resident_prefix([10, 20, 30], -5) == 0
     assert paging.resident_prefix([], 0) == 0
+
+
+def test_states_that_fit_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory suffices a step queues no copy and waits for none."""
+    memory = LateMemory(budget=1 << 30)
+    monkeypatch.setattr(adamw, "memory_of", lambda device: memory)
+    params = parameters()
+    plain = copies(params)
+    gradients = random_gradients(params, 3)
+    run(PagedAdamW8bit(params), params, gradients)
+    run(AdamW8bit(plain), plain, gradients)
+    assert equal(params, plain)
+    assert not memory.host and not memory.slots and memory.loads == memory.stores == 0
