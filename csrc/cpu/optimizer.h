@@ -45,6 +45,8 @@ struct StoredMoments {
 
 // New moments of a block from the old ones, whose memory they may take, and the denominators of the
 // parameters' change. Returns the largest magnitudes, NaN where there is one.
+// Taking the roots here and dividing later saves 6 % of the step in portable C++ and at most 1 %
+// elsewhere (Zen 4, 1 thread, second-level cache).
 template <class Moments>
 inline Largest update_moments(const float* g, const Moments& old, const AdamWVectors& s,
                               float* new_m, float* new_v, float* denominator) {
