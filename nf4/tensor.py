@@ -145,7 +145,7 @@ class QuantizedTensor:
             nested_absmax = _require(state, f"{prefix}.nested_absmax")
             _check_map(state, f"{prefix}.nested_quant_map", DYNAMIC8)
             offset = torch.tensor(meta["nested_offset"], dtype=torch.float32, device=absmax.device)
-        elif absmax.dtype is not torch.float32:
+        elif absmax.is_floating_point():  # 8-bit codes without their table are refused below
             absmax = absmax.float()
         q = cls(
             packed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,18 @@ def _other_table(tensors: dict[str, torch.Tensor]) -> None:
     tensors[f"{KEY}.quant_map"] += 0.1
 
 
+def _single_scales(tensors: dict[str, torch.Tensor]) -> None:
+    """Scales as of a weight that is quantized once, beside the state of one quantized twice."""
+    tensors[f"{KEY}.absmax"] = tensors[f"{KEY}.absmax"].float()
+
+
+def _nested_scales(tensors: dict[str, torch.Tensor]) -> None:
+    """The reverse: 8-bit scales, and a state that says nothing of their table."""
+    state = json.loads(bytes(tensors[f"{STATE}nf4"].tolist()))
+    kept = {key: value for key, value in state.items() if not key.startswith("nested")}
+    tensors[f"{STATE}nf4"] = torch.tensor(list(json.dumps(kept).encode()), dtype=torch.uint8)
+
+
 def _no_json(tensors: dict[str, torch.Tensor]) -> None:
     tensors[f"{STATE}nf4"][0] = ord("?")
 
@@ -58,6 +71,10 @@ def _no_json(tensors: dict[str, torch.Tensor]) -> None:
         pytest.param(_rename(f"{STATE}nf4", f"{STATE}nf3"), "format .* got 'nf3'", id="unknown"),
         pytest.param(_shorten, "packed must have 4096 elements .* got 4095", id="short"),
         pytest.param(_other_table, "up_proj.*must be the nf4 table", id="table"),
+        pytest.param(_single_scales, "up_proj.*absmax must be uint8 .*float32", id="single"),
+        pytest.param(
+            _nested_scales, "up_proj.*absmax must be float32, got torch.uint8", id="nested"
+        ),
         pytest.param(_no_json, "must hold JSON", id="no JSON"),
     ],
 )
