@@ -24,6 +24,7 @@ pytest.importorskip("transformers")
 
 from nf4.integrations import peft as integration  # noqa: E402
 from nf4.integrations.peft_layer import LoraNF4  # noqa: E402
+from nf4.integrations.private_names import PEFT_HOOKS, resolve  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -102,6 +103,23 @@ def test_fused_equals_peft(dtype: torch.dtype) -> None:
     for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
         if a.requires_grad:
             assert (a.grad - b.grad).norm() <= tolerance * b.grad.norm(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_over_float32_hidden_states(dtype: torch.dtype, fused: Calls) -> None:
+    """What preparing for k-bit training makes of a model elsewhere: mat1 and mat2 must agree."""
+    model = peft.get_peft_model(tiny.quantized_llama(torch.float32), config()).train()
+    randomize(model)
+    ids = tiny.token_ids()
+    grads = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+        model.zero_grad()
+    assert fused.count == 2 * LAYERS
+    assert (grads[1] - grads[0]).norm() <= 0.05 * grads[0].norm()
 
 
 def test_dropout_only_in_training() -> None:
@@ -308,12 +326,10 @@ def test_compiles_in_one_graph() -> None:
     assert torch.allclose(compiled(x), layer(x), atol=1e-6)
 
 
-@pytest.mark.parametrize(("module", "path"), integration.HOOKS)
-def test_a_moved_hook_names_the_version(module: str, path: str) -> None:
-    owner, name = integration._resolve(module, path)
+@pytest.mark.parametrize("hook", PEFT_HOOKS, ids=lambda hook: hook[1])
+def test_every_hook_is_in_place(hook: tuple[str, str]) -> None:
+    owner, name = resolve(hook)
     assert getattr(getattr(owner, name), "_nf4", False)
-    with pytest.raises(ImportError, match=f"{path}_moved.*PEFT {peft.__version__}"):
-        integration._resolve(module, f"{path}_moved")
 
 
 def test_installs_once() -> None:

@@ -1,13 +1,12 @@
-"""Registers nf4 with transformers 5: the only file that changes anything in transformers.
+"""Registers nf4 with transformers 5, for loading and saving; Trainer is next door in trainer.py.
 
 ``import nf4`` has ``install`` called once transformers' table of quantizers is imported. What nf4
-relies on in transformers beyond its documented interface is listed in ``PRIVATE_NAMES``.
+relies on in transformers beyond its documented interface is listed in private_names.py.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import warnings
 from types import ModuleType
 from typing import Any
@@ -15,53 +14,11 @@ from typing import Any
 from nf4.config import NF4Config
 from nf4.integrations.hooks import importable, on_import
 
-# The tests have been run with 5.0.0 (which cannot reload experts), 5.9.0, 5.16.0 and 5.23.0.
+# 5.0 to 5.8 cannot reload quantized experts.
 MINIMUM = (5, 0)
 _BITSANDBYTES = "bitsandbytes_4bit"
 
-# Module and attribute of everything undocumented that nf4 calls, replaces or overrides.
-PRIVATE_NAMES = (
-    ("transformers.quantizers.auto", "AUTO_QUANTIZER_MAPPING"),
-    ("transformers.quantizers.auto", "AUTO_QUANTIZATION_CONFIG_MAPPING"),
-    ("transformers.quantizers.auto", "AutoHfQuantizer.merge_quantization_configs"),
-    ("transformers.models.auto.configuration_auto", "AutoConfig.from_pretrained"),
-    ("transformers.quantizers.base", "HfQuantizer.param_element_size"),
-    ("transformers.quantizers.base", "HfQuantizer.param_needs_quantization"),
-    ("transformers.quantizers.base", "HfQuantizer.get_modules_to_not_convert"),
-    ("transformers.quantizers.base", "HfQuantizer.get_weight_conversions"),
-    ("transformers.quantizers.base", "HfQuantizer.get_quantize_ops"),
-    ("transformers.quantizers.base", "HfQuantizer.get_state_dict_and_metadata"),
-    ("transformers.quantizers.base", "HfQuantizer._process_model_before_weight_loading"),
-    ("transformers.quantizers.base", "HfQuantizer._process_model_after_weight_loading"),
-    ("transformers.quantizers.base", "HfQuantizer._dequantize"),
-    ("transformers.core_model_loading", "ConversionOps"),
-    ("transformers.core_model_loading", "WeightConverter"),
-    ("transformers.core_model_loading", "WeightRenaming"),
-    ("transformers.core_model_loading", "rename_source_key"),
-    ("transformers.conversion_mapping", "get_model_conversion_mapping"),
-    ("transformers.integrations.accelerate", "load_offloaded_parameter"),
-    ("transformers.modeling_utils", "PreTrainedModel.get_expanded_tied_weights_keys"),
-)
-# Absent from the first releases of transformers 5, where only what needs them is refused.
-LATER_NAMES = (
-    ("transformers.quantizers.base", "HfQuantizer.update_weight_conversions"),
-    ("transformers.quantizers.base", "HfQuantizer.get_new_dtype"),
-)
-
 _original_quantizer: Any = None
-
-
-def missing_names(names: tuple[tuple[str, str], ...] = PRIVATE_NAMES) -> list[str]:
-    """Those of ``names`` that the installed transformers does not have."""
-    missing = []
-    for module_name, path in names:
-        try:
-            found: Any = importlib.import_module(module_name)
-            for part in path.split("."):
-                found = getattr(found, part)
-        except (ImportError, AttributeError):
-            missing.append(f"{module_name}.{path}")
-    return missing
 
 
 def install() -> None:
