@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
+import weakref
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from checkpoints import load, logits, quantized, save_model
 from packaging.version import Version
+from safetensors.torch import load_file
 from test_peft import _bytes, _layer, config, randomize
 from torch import Tensor, nn
 
@@ -19,6 +23,7 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 from nf4.integrations import peft as integration  # noqa: E402
+from nf4.integrations.peft_layer import LoraNF4  # noqa: E402
 
 NEWEST = Version(peft.__version__) >= Version("0.21")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -198,6 +203,66 @@ def test_bias_and_broken_adapters() -> None:
     with pytest.raises(ValueError, match="NaN"):
         layers[-1].merge(safe_merge=True)
     assert not layers[-1].merged and _bytes(model) == before
+
+
+def test_merging_from_the_16_bit_weight_keeps_99_percent() -> None:
+    linear = nn.Linear(1024, 1024, bias=False)
+    base = {"0.weight": linear.weight.detach().clone()}
+    model = nn.Sequential(nf4.NF4Linear.from_linear(linear))
+    model = peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules=["0"]))
+    small_adapter(model)
+    ((_, layer),) = integration.lora_layers(model)
+    delta, quantized = layer.get_delta_weight("default"), layer.base_layer.dequantize()
+    shares = {}
+    for name, weights in (("16bit", base), ("dequantized", None)):
+        integration.merge_adapter(model, into="nf4", base=weights)
+        shares[name] = kept(layer.base_layer.dequantize() - quantized, delta)
+        model.unmerge_adapter()
+    # Over a million weights the share scatters by about 0.01.
+    assert abs(shares["16bit"] - 1) < 0.05 and abs(shares["dequantized"]) < 0.05, shares
+
+
+def test_the_size_is_said_first_and_layers_merge_one_by_one(pair, caplog, monkeypatch) -> None:
+    _, model, _ = pair
+    float32: list[weakref.ref[nn.Module]] = []
+    original = LoraNF4._dense_layer
+
+    def watch(layer: LoraNF4, base: nf4.NF4Linear) -> nn.Linear:
+        assert "GB in place of" in caplog.text
+        assert all(earlier() is None for earlier in float32)
+        dense = original(layer, base)
+        float32.append(weakref.ref(dense.weight))
+        return dense
+
+    monkeypatch.setattr(LoraNF4, "_dense_layer", watch)
+    with caplog.at_level(logging.WARNING):
+        model.merge_and_unload()
+    assert len(float32) == 14
+
+
+@pytest.mark.parametrize("into", ["16bit", "nf4"])
+def test_a_tied_head_is_untied_by_merging(into: str, tmp_path: Path) -> None:
+    model = quantized(save_model("llama-tied", tmp_path / "16bit"), embeddings=True)
+    head = model.lm_head
+    assert isinstance(head, nf4.NF4Linear) and head.weight is model.model.embed_tokens.weight
+    ids = tiny.token_ids()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of tied layers
+        model = peft.get_peft_model(model, config(target_modules=["lm_head", "q_proj"])).eval()
+    randomize(model, 0.5)
+    expected = logits(model, ids)
+    base = tmp_path / "16bit" if into == "nf4" else None
+    state = None
+    if base is not None:  # the head's weight is stored as the table's
+        state = load_file(base / "model.safetensors")
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    merged = integration.merge_and_unload(model, into=into, base=state)
+    after = logits(merged, ids)
+    if into == "16bit":
+        assert torch.allclose(after, expected, atol=1e-3)
+    assert merged.lm_head.weight is not merged.model.embed_tokens.weight
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(load(tmp_path / "merged"), ids), after)
 
 
 def test_wrong_arguments(pair, tmp_path: Path) -> None:

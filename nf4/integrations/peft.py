@@ -1,7 +1,7 @@
 """PEFT over quantized models: the fused LoRA layer, merging, LoftQ, and what PEFT counts.
 
-``import nf4`` has ``install`` called once PEFT is imported. The private names of PEFT that it hooks
-are in ``HOOKS``; a test tells which version moved one.
+``import nf4`` has ``install`` called once PEFT is imported. What it wraps is listed in
+private_names.py.
 """
 
 from __future__ import annotations
@@ -19,27 +19,18 @@ from torch import nn
 
 from nf4.integrations.peft_experts import ParamWrapper, check_merge
 from nf4.integrations.peft_layer import LoraNF4, MergeSettings
+from nf4.integrations.private_names import PEFT_HOOKS, resolve
 from nf4.lora.merge import Base, base_reader
 from nf4.lora.merge import merge_and_unload as to_16bit
-from nf4.nn import NF4Experts
+from nf4.nn import NF4Embedding, NF4Experts
 from nf4.nn.linear import Linear4bitLoRA, NF4Linear
 from nf4.nn.weight import QuantizedWeight
 
 logger = logging.getLogger(__name__)
 
-# Module, attribute path: what install() wraps.
-HOOKS = (
-    ("peft.tuners.lora.model", "LoraModel._create_new_module"),
-    ("peft.tuners.lora.model", "LoraModel._unload_and_optionally_merge"),
-    ("peft.tuners.lora.model", "LoraModel.merge_adapter"),
-    ("peft.tuners.tuners_utils", "_maybe_include_all_linear_layers"),
-    ("peft.peft_model", "PeftModel.get_nb_trainable_parameters"),
-    ("peft.utils.other", "prepare_model_for_kbit_training"),
-)
-
 
 def install() -> None:
-    """Wrap the names in ``HOOKS``, once. Raises ImportError, with PEFT's version, if one moved."""
+    """Wrap what ``PEFT_HOOKS`` lists, once. Raises ImportError, with the release, if one moved."""
     wrappers = (
         _create_new_module,
         _unload_and_optionally_merge,
@@ -48,8 +39,8 @@ def install() -> None:
         _count_parameters,
         _prepare_for_kbit_training,
     )
-    for (module_name, path), wrap in zip(HOOKS, wrappers, strict=True):
-        owner, name = _resolve(module_name, path)
+    for hook, wrap in zip(PEFT_HOOKS, wrappers, strict=True):
+        owner, name = resolve(hook)
         original = getattr(owner, name)
         if getattr(original, "_nf4", False):
             continue
@@ -57,26 +48,9 @@ def install() -> None:
         wrapped._nf4 = True  # type: ignore[attr-defined]
         is_static = isinstance(vars(owner).get(name), staticmethod)
         setattr(owner, name, staticmethod(wrapped) if is_static else wrapped)
-        if path == "prepare_model_for_kbit_training":  # re-exported by name
+        if name == "prepare_model_for_kbit_training":  # re-exported by name
             for holder in ("peft.utils", "peft"):
                 setattr(importlib.import_module(holder), name, wrapped)
-
-
-def _resolve(module_name: str, path: str) -> tuple[Any, str]:
-    """The object that holds the last name of ``path``, and that name."""
-    import peft
-
-    owner: Any = importlib.import_module(module_name)
-    *parents, name = path.split(".")
-    for part in (*parents, name):
-        if not hasattr(owner, part):
-            raise ImportError(
-                f"nf4.integrations.peft: {module_name} must have {path} (PEFT 0.18 to 0.21 do), "
-                f"got PEFT {peft.__version__}"
-            )
-        if part is not name:
-            owner = getattr(owner, part)
-    return owner, name
 
 
 # dispatch
@@ -231,12 +205,38 @@ def _unload_and_optionally_merge(original: Callable[..., Any]) -> Callable[..., 
         if ours:
             check_merge(self.model)
             _announce(self.model, whole_model=True)
+        tied = _adapted_tied_heads(self.model) if ours else []
         model = original(self, merge, *args, **kwargs)
+        _untie(model, tied)
         if ours and LoraNF4.merge_settings.into == "16bit":
             _dequantize_rest(model)
         return model
 
     return unload
+
+
+def _adapted_tied_heads(model: nn.Module) -> list[str]:
+    """Names of the layers with an adapter whose weight is the table of the embeddings."""
+    tables = [m.weight for m in model.modules() if isinstance(m, NF4Embedding)]
+    return [
+        name
+        for name, layer in lora_layers(model)
+        if any((layer._unmerged or layer.base_layer).weight is table for table in tables)
+    ]
+
+
+def _untie(model: Any, heads: list[str]) -> None:
+    """Give ``heads``, which hold a merged adapter, a weight of their own for good.
+
+    Tied again, when the model is dequantized or loaded, they would lose the adapter.
+    """
+    config: Any = getattr(model, "config", None)
+    if not heads or config is None:
+        return
+    config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
+    for head in heads:
+        getattr(model, "all_tied_weights_keys", {}).pop(f"{head}.weight", None)
+    logger.warning("nf4: %s no longer shares the embeddings' table: it is merged", heads[0])
 
 
 def _dequantize_rest(model: nn.Module) -> None:
