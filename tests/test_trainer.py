@@ -141,6 +141,50 @@ def test_resume_repeats_the_losses(kind: str, folder: Path, tmp_path: Path) -> N
         assert torch.equal(parameter, final[name]), name
 
 
+def own_adapters(folder: Path) -> Any:
+    """The quantized model with nf4's own adapters, the same ones every time."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=nf4.NF4Config()
+    )
+    torch.manual_seed(1)
+    lora = nf4.LoraConfig(r=4, lora_dropout=0.05, target_modules="all-linear")
+    return nf4.prepare_model(model, lora=lora, progress=False)
+
+
+def test_resume_takes_a_whole_checkpoint(folder: Path, tmp_path: Path, fused: Calls) -> None:
+    """Also of nf4's own adapters, where ``resume_from_checkpoint=True`` is all that is said."""
+    whole = make(own_adapters(folder), tmp_path)
+    whole.train()
+    assert fused.count == 6 * 2 * LAYERS
+    expected = losses(whole)
+    weights = tmp_path / "checkpoint-6" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    resumed = make(own_adapters(folder), tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert (tmp_path / "checkpoint-6.broken").is_dir()
+    assert {k: v for k, v in losses(resumed).items() if k > 3} == {
+        k: expected[k] for k in (4, 5, 6)
+    }
+    with pytest.raises(ValueError, match="No valid checkpoint"):
+        make(own_adapters(folder), tmp_path / "none").train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_float16(scaled: bool, folder: Path, tmp_path: Path, fused: Calls) -> None:
+    """A float16 model; with ``fp16=True``, which Trainer has for GPUs only, also scaled losses."""
+    if scaled and not torch.cuda.is_available():
+        pytest.skip("fp16=True: needs a CUDA device")
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=nf4.NF4Config(), dtype=torch.float16
+    )
+    model = peft.get_peft_model(model, config(lora_dropout=0.05))
+    trainer = make(model, tmp_path, bf16=False, fp16=scaled, use_cpu=not scaled, save_strategy="no")
+    trainer.train()
+    assert fused.count == 6 * 2 * LAYERS
+    assert losses(trainer)[6] < losses(trainer)[1]
+
+
 def test_evaluation_changes_nothing(folder: Path, tmp_path: Path) -> None:
     """B5: on CPUs with AVX512_BF16 bitsandbytes' first evaluation spoils every later gradient."""
     # Without dropout: starting a data loader draws a random number, whatever the model.

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from nf4.integrations.hooks import importable
+from nf4.nn.experts import NF4Experts
+from nf4.nn.weight import QuantizedWeight
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +61,9 @@ def optimizer_class(optim: str) -> type:
 def install() -> None:
     """Have ``Trainer.get_optimizer_cls_and_kwargs``, a public static method, resolve our names.
 
-    Other names, and ours where ``resolves_here`` is False, go to the original.
+    Other names, and ours where ``resolves_here`` is False, go to the original. Also have
+    ``Trainer.train(resume_from_checkpoint=True)`` take the newest whole checkpoint of a quantized
+    model, as ``find_resume_checkpoint`` does.
     """
     trainer: Any = importlib.import_module("transformers.trainer").Trainer
     original: Callable[..., tuple[Any, Any]] = trainer.get_optimizer_cls_and_kwargs
@@ -80,6 +84,21 @@ def install() -> None:
 
     get_optimizer_cls_and_kwargs._nf4 = True  # type: ignore[attr-defined]
     trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
+    train_original: Callable[..., Any] = trainer.train
+
+    @functools.wraps(train_original)
+    def train(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is True and _is_quantized(self.model):
+            with self.args.main_process_first(local=False):  # it renames what is broken
+                found = find_resume_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = found or True  # Trainer says that there is none
+        return train_original(self, resume_from_checkpoint, *args, **kwargs)
+
+    trainer.train = train
+
+
+def _is_quantized(model: Any) -> bool:
+    return any(isinstance(module, (QuantizedWeight, NF4Experts)) for module in model.modules())
 
 
 def find_resume_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
