@@ -59,15 +59,26 @@ def value(output: str, label: str) -> str:
     return found.group(1)
 
 
-@pytest.mark.parametrize(("name", "layers", "adapted"), [("llama", 14, 8), ("opt", 12, 12)])
-def test_the_tutorial_runs_unchanged(name: str, layers: int, adapted: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "layers", "adapted", "by_line"), [("llama", 14, 8, False), ("opt", 12, 12, True)]
+)
+def test_the_tutorial_runs_unchanged(
+    name: str, layers: int, adapted: int, by_line: bool, tmp_path: Path
+) -> None:
+    """By ``python -m nf4.drop_in``, and with one line above the script."""
     pytest.importorskip("datasets")
     model, out = tmp_path / name, tmp_path / "out"
     getattr(tiny, name)().save_pretrained(model)
     save_tokenizer(model)
-    launcher, script = str(ROOT / "without_bitsandbytes.py"), str(ROOT / "tutorial.py")
+    script = ROOT / "tutorial.py"
+    if by_line:
+        text = script.read_text()
+        script = tmp_path / "tutorial.py"
+        script.write_text(f"import nf4.drop_in\n{text}")
+    command = [] if by_line else ["-m", "nf4.drop_in"]
+    command = [str(ROOT / "without_bitsandbytes.py"), *command, str(script)]
 
-    trained = python(launcher, script, "train", str(model), str(out))
+    trained = python(*command, "train", str(model), str(out))
     assert value(trained, "quantized") == f"{layers} 4bit True"
     assert value(trained, "optimizer").startswith("nf4.optim") and "PagedAdamW8bit" in trained
     losses = ast.literal_eval(value(trained, "losses"))
@@ -78,8 +89,9 @@ def test_the_tutorial_runs_unchanged(name: str, layers: int, adapted: int, tmp_p
     checkpoints = sorted(p.name for p in out.glob("checkpoint-*"))
     assert checkpoints == ["checkpoint-2", "checkpoint-4"]
 
-    used = python(launcher, script, "use", str(model), str(out))
-    assert 1 <= int(value(used, "generated")) <= 5
+    used = python(*command, "use", str(model), str(out))
+    lengths = re.findall(r"^generated (\d+)$", used, re.MULTILINE)
+    assert len(lengths) == 2 and all(1 <= int(length) <= 5 for length in lengths)
     assert int(value(used, "fused calls")) >= 2 * adapted
     assert float(value(used, "merged")) < 0.03  # of the largest logit, in bfloat16
 

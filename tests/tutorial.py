@@ -1,7 +1,8 @@
 """A QLoRA script as tutorials have it, written for bitsandbytes: it says nothing of nf4.
 
 ``tutorial.py train MODEL OUT`` fine-tunes and saves an adapter; ``tutorial.py use MODEL OUT``
-generates with it, merges it and saves the merged model. Run by ``python -m nf4.drop_in``.
+generates with it, merges it and saves the merged model. Run by ``python -m nf4.drop_in``, or with
+``import nf4.drop_in`` written above it.
 """
 
 import sys
@@ -25,7 +26,7 @@ gpu = torch.cuda.is_available()
 bnb_config = BitsAndBytesConfig(
     load_in_4bit=True,
     bnb_4bit_quant_type="nf4",
-    bnb_4bit_compute_dtype=torch.float16 if gpu else torch.bfloat16,
+    bnb_4bit_compute_dtype=torch.float16,
     bnb_4bit_use_double_quant=True,
     bnb_4bit_quant_storage=None,
 )
@@ -88,8 +89,9 @@ else:
     model = PeftModel.from_pretrained(model, f"{output_dir}/adapter")
     inputs = tokenizer("the cat", return_tensors="pt").to(model.device)
     torch.manual_seed(0)
-    output = model.generate(**inputs, max_new_tokens=5, do_sample=True, temperature=0.7, top_p=0.9)
-    print("generated", output.shape[1] - inputs["input_ids"].shape[1])
+    for sampling in ({}, {"do_sample": True}):
+        output = model.generate(**inputs, max_new_tokens=5, temperature=0.7, top_p=0.9, **sampling)
+        print("generated", output.shape[1] - inputs["input_ids"].shape[1])
     logits = model(**inputs).logits.float()
     merged = model.merge_and_unload()
     off = (merged(**inputs).logits.float() - logits).abs().max() / logits.abs().max()

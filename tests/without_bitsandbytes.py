@@ -1,5 +1,5 @@
-"""``python tests/without_bitsandbytes.py SCRIPT ...``: ``python -m nf4.drop_in SCRIPT ...`` on a
-machine that has no bitsandbytes, which this file plays by blocking its import.
+"""``python tests/without_bitsandbytes.py [-m MODULE | SCRIPT] ...``: ``python`` with the same
+arguments on a machine that has no bitsandbytes, which this file plays by blocking its import.
 
 At exit it prints how many fused LoRA calls were made, and that nothing got around the block.
 """
@@ -38,4 +38,9 @@ def report():
 
 functional.linear_lora = counted
 atexit.register(report)
-runpy.run_module("nf4.drop_in", run_name="__main__", alter_sys=True)
+sys.argv = sys.argv[1:]
+if sys.argv[0] == "-m":
+    sys.argv = sys.argv[1:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+else:
+    runpy.run_path(sys.argv[0], run_name="__main__")
