@@ -16,7 +16,11 @@ from nf4.integrations import bitsandbytes_backend as integration
 ON = """
 import torch, bitsandbytes as bnb, nf4
 from nf4.integrations import bitsandbytes_backend as integration
-integration.register()  # as the entry point of an installed nf4 has done
+from importlib.metadata import entry_points
+if any(point.name == "nf4" for point in entry_points(group="bitsandbytes.backends")):
+    assert integration._library is not None, "importing bitsandbytes must have registered nf4"
+else:  # nf4 is on the path, not installed
+    integration.register()
 calls = []
 for name in ("quantize", "dequantize", "linear"):
     op = getattr(torch.ops.nf4, name)

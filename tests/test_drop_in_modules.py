@@ -297,6 +297,30 @@ def test_unmerge_restores_the_bytes(library: str) -> None:
     assert torch.equal(model.base_model.model[0].base_layer.weight.data, before)
 
 
+@defect("merging requantizes code points: 0.6 to 4 % of a small adapter stays")
+def test_merging_keeps_a_small_adapter(library: str) -> None:
+    peft = pytest.importorskip("peft")
+    lib = _library(library)
+    made = lib.nn.LinearNF4(512, 512, bias=False).to("cpu")
+    model = nn.Sequential(made)
+    model.is_loaded_in_4bit = True
+    model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=["0"]))
+    layer = model.base_model.model[0]
+
+    def weight() -> Tensor:
+        now = layer.base_layer.weight
+        if now.dtype is torch.uint8:
+            return lib.functional.dequantize_4bit(now.data, now.quant_state)
+        return now.detach().clone()
+
+    before, up = weight(), layer.lora_B["default"].weight
+    nn.init.normal_(up)
+    up.data *= 0.01 * before.norm() / layer.get_delta_weight("default").norm()
+    delta = layer.get_delta_weight("default").detach()
+    model.merge_adapter()
+    assert ((weight() - before) * delta).sum() / delta.square().sum() > 0.95
+
+
 def test_defaults_are_qloras() -> None:
     """B14: bitsandbytes' defaults are fp4, single quantization and float32."""
     ours = nf4.NF4Config()

@@ -34,7 +34,7 @@ pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
 import bitsandbytes as bnb
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from nf4.integrations.transformers import give_back_bitsandbytes, take_bitsandbytes
@@ -246,6 +246,20 @@ def test_b2_dequantize_after_saving(tmp_path: Path) -> None:
     model.dequantize()
     assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
     assert not hasattr(model, "is_loaded_in_4bit")
+
+
+def test_b3_no_config_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = save_model("llama", tmp_path / "16bit")
+    original = theirs(saved, quantization_config=config(**NF4_DOUBLE))
+    original.save_pretrained(tmp_path / "theirs")
+    ids = token_ids()
+    model = load_as_bitsandbytes(tmp_path / "theirs", quantization_config=None)
+    assert torch.allclose(logits(model, ids), their_logits(original, ids), atol=1e-5)
+    assert theirs(tmp_path / "theirs", quantization_config=None)  # also for them, with nf4 imported
+    as_without_nf4 = AutoConfig.from_pretrained.__func__.__wrapped__
+    monkeypatch.setattr(AutoConfig, "from_pretrained", classmethod(as_without_nf4))
+    with pytest.raises(RuntimeError, match="mismatch"):
+        theirs(tmp_path / "theirs", quantization_config=None)
 
 
 def test_b4_conv1d_comes_back(tmp_path: Path) -> None:
