@@ -57,7 +57,13 @@ class NF4Config(_Config):
                 f"got {self.format!r}"
             )
         if isinstance(self.compute_dtype, str):
-            self.compute_dtype = getattr(torch, self.compute_dtype)
+            dtype = getattr(torch, self.compute_dtype.removeprefix("torch."), None)
+            if not isinstance(dtype, torch.dtype):
+                raise ValueError(
+                    f"nf4.NF4Config: compute_dtype must name a torch dtype, "
+                    f"got {self.compute_dtype!r}"
+                )
+            self.compute_dtype = dtype
 
     @classmethod
     def from_dict(
