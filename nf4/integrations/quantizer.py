@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
 
 from nf4.config import NF4Config
@@ -128,7 +127,7 @@ class NF4Quantizer(HfQuantizer):
         if not self.pre_quantized:
             return []
         return [
-            WeightConverter(list(names), parameter, operations=[loading.Deserialize(self)])
+            loading.Reader(list(names), parameter, operations=[loading.Deserialize(self)])
             for parameter, names in self.serialized_names.items()
         ]
 

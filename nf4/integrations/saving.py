@@ -14,7 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
 from nf4.integrations.checkpoint import COMPANIONS, STATES
-from nf4.integrations.loading import DeserializeExperts
+from nf4.integrations.loading import DeserializeExperts, Reader
 from nf4.integrations.placing import is_skipped
 from nf4.nn import Linear4bitLoRA, NF4Embedding, NF4Experts
 from nf4.nn.experts import MATRICES
@@ -127,7 +127,7 @@ def experts_conversions(quantizer: Any, conversions: list[Any]) -> tuple[list[An
     replaced = [c for c in conversions if isinstance(c, WeightConverter) and _merges_experts(c)]
     ours = []
     for converter in replaced:
-        reader = WeightConverter(
+        reader = Reader(
             [source + suffix for source in converter.source_patterns for suffix in suffixes],
             list(converter.target_patterns),
             operations=[DeserializeExperts(quantizer)],
@@ -138,7 +138,7 @@ def experts_conversions(quantizer: Any, conversions: list[Any]) -> tuple[list[An
         ours.append(reader)
     for parameter, matrices in MATRICES.items():  # where transformers fuses nothing
         ours.append(
-            WeightConverter(
+            Reader(
                 [f".experts.*.{m}_proj.weight{suffix}" for m in matrices for suffix in suffixes],
                 f".experts.{parameter}",
                 operations=[DeserializeExperts(quantizer)],
