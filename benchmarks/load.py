@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import peers, results
-
+# What imports nf4 is imported by the parent only: the imports of a child are what is measured.
+ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
 # 418M weights: 12 layers whose largest matrix is 12 MiB in bfloat16, and two 94 MiB tables.
 SIZES = {
@@ -115,7 +115,7 @@ def measure(contender: str, checkpoint: Path) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.load", "--child", contender, str(checkpoint)]
     process = subprocess.Popen(
         [*command, str(started)],
-        cwd=results.ROOT,
+        cwd=ROOT,
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -168,6 +168,8 @@ model.save_pretrained(packed)
 
 def run(path: Path, rounds: int, folder: Path) -> None:
     """Measure every contender that is installed, in turn, and write the medians."""
+    from benchmarks import peers, results
+
     checkpoints = {name: folder / name for name in ("16bit", "4bit")}
     if not all(p.exists() for p in checkpoints.values()):
         checkpoints = write_checkpoints(folder)
@@ -197,9 +199,7 @@ if __name__ == "__main__":
         child(sys.argv[2], sys.argv[3], float(sys.argv[4]))
         sys.exit()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--csv", type=Path, default=results.ROOT / "benchmarks/results/load_cpu.csv"
-    )
+    parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks/results/load_cpu.csv")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--checkpoints", type=Path, help="a folder to keep the checkpoints in")
     arguments = parser.parse_args()
