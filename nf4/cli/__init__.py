@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"nf4: no command {name!r}; one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    # Where it is installed, PEFT imports it, and it warns of kernels that nothing here would use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         return int(importlib.import_module(f"nf4.cli.{name}").main(arguments) or 0)
     except KeyboardInterrupt:
@@ -63,5 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         text = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, OSError) and error.strerror and error.filename:
+            text = f"{error.filename}: {error.strerror.lower()}"
         print(f"nf4 {name}: {text} (--debug shows where)", file=sys.stderr)
         return 1

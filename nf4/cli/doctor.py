@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -17,6 +16,7 @@ import torch
 import nf4
 from nf4 import backends, optim
 from nf4.backends import tuning_table
+from nf4.cli.parser import Parser
 
 # What a person loses without each part.
 NO_GPU = "everything runs on the CPU"
@@ -50,7 +50,7 @@ COMPILER_COSTS = {
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("nf4 doctor", description=__doc__)
+    parser = Parser("nf4 doctor", __doc__)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     args = parser.parse_args(arguments)
     report = collect()

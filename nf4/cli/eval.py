@@ -18,10 +18,11 @@ from nf4.cli.models import (
     model_bytes,
     quiet_transformers,
 )
+from nf4.cli.parser import Parser
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("nf4 eval", description=__doc__)
+    parser = Parser("nf4 eval", __doc__)
     add_model_arguments(parser, adapter=True)
     parser.add_argument("--data", required=True, help="a .txt or .jsonl file, or a dataset's name")
     parser.add_argument("--split", default="test", help="split of a named dataset")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nf4.cli.data import instruction_prompt
 from nf4.cli.models import (
     add_model_arguments,
     config_of,
@@ -15,18 +16,25 @@ from nf4.cli.models import (
     load_tokenizer,
     quiet_transformers,
 )
+from nf4.cli.parser import Parser
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("nf4 generate", description=__doc__)
+    parser = Parser("nf4 generate", __doc__)
     add_model_arguments(parser, adapter=True)
     prompts = parser.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompt")
+    prompts.add_argument("--prompt", help="one prompt; its completion streams to the terminal")
     prompts.add_argument(
-        "--prompts", type=Path, help="a file: one prompt a line, or JSONL 'prompt'"
+        "--prompts", type=Path, help="a file: one prompt a line, or JSONL rows of 'prompt'"
     )
     parser.add_argument("--16bit", dest="plain", action="store_true", help="do not quantize")
-    parser.add_argument("--chat", action="store_true", help="apply the chat template")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--chat", action="store_true", help="apply the chat template")
+    form.add_argument(
+        "--instruction",
+        action="store_true",
+        help="wrap each prompt as finetune wraps rows of instruction and output",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -59,13 +67,13 @@ def _run(args: argparse.Namespace) -> None:
         from transformers import TextStreamer
 
         options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        _complete(model, tokenizer, texts, args.chat, options)
+        _complete(model, tokenizer, _wrapped(texts, tokenizer, args), args.chat, options)
         return
     for start in range(0, len(texts), args.batch_size):
         batch = texts[start : start + args.batch_size]
-        for prompt, text in zip(
-            batch, _complete(model, tokenizer, batch, args.chat, options), strict=True
-        ):
+        wrapped = _wrapped(batch, tokenizer, args)
+        completed = _complete(model, tokenizer, wrapped, args.chat, options)
+        for prompt, text in zip(batch, completed, strict=True):
             if args.json:
                 print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
             else:
@@ -74,12 +82,34 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _read_prompts(path: Path) -> list[str]:
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not lines:
+    prompts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        if path.suffix == ".jsonl":
+            try:
+                line = json.loads(line)["prompt"]
+            except (ValueError, KeyError, TypeError) as error:
+                where = f"{path}, line {number}"
+                raise ValueError(f"{where}: must be an object with 'prompt'") from error
+        prompts.append(line)
+    if not prompts:
         raise ValueError(f"{path} holds no prompt")
-    if path.suffix == ".jsonl":
-        return [json.loads(line)["prompt"] for line in lines]
-    return lines
+    return prompts
+
+
+def _wrapped(prompts: list[str], tokenizer: Any, args: argparse.Namespace) -> list[str]:
+    """The prompts as the model was trained to see them."""
+    if args.instruction:
+        return [instruction_prompt({"instruction": prompt}) for prompt in prompts]
+    if not args.chat:
+        return prompts
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+        for prompt in prompts
+    ]
 
 
 def _complete(
@@ -87,14 +117,12 @@ def _complete(
 ) -> list[str]:
     import torch
 
-    if chat:
-        prompts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-            )
-            for text in prompts
-        ]
-    inputs = tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1).to(model.device)
+    inputs = tokenizer(
+        prompts,
+        return_tensors="pt",
+        padding=len(prompts) > 1,
+        add_special_tokens=not chat,  # a chat template writes them itself
+    ).to(model.device)
     inputs.pop("token_type_ids", None)
     with torch.inference_mode():
         ids = model.generate(**inputs, pad_token_id=tokenizer.pad_token_id, **options)

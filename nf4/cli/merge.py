@@ -12,13 +12,15 @@ from nf4.cli.models import (
     is_quantized,
     load_model,
     load_tokenizer,
+    local_folder,
     quiet_transformers,
     save_folder,
 )
+from nf4.cli.parser import Parser
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("nf4 merge", description=__doc__)
+    parser = Parser("nf4 merge", __doc__)
     add_model_arguments(parser, adapter=True)
     parser.add_argument("--output", required=True, type=Path, help="new folder for the result")
     parser.add_argument("--into", choices=("16bit", "nf4"), default="16bit")
@@ -48,6 +50,7 @@ def _merge(args: argparse.Namespace, base: str, folder: Path) -> None:
 
     model: Any = load_model(args.model, args.dtype, config_of(args))
     nf4.load_adapter(model, args.adapter)
-    model = nf4.merge_and_unload(model, args.into, base=args.model if base == "original" else None)
+    weights = local_folder(args.model) if base == "original" else None
+    model = nf4.merge_and_unload(model, args.into, base=weights)
     model.save_pretrained(folder)
     load_tokenizer(args.model).save_pretrained(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging as std_logging
 import shutil
 import sys
 import warnings
@@ -16,6 +17,7 @@ import nf4
 from nf4.lora.adapter import make_readable
 
 DTYPES = ("bfloat16", "float16", "float32")
+_UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, adapter: bool = False) -> None:
@@ -47,11 +49,25 @@ def checkpoint_config(model: str) -> dict[str, Any]:
     if not folder.exists():  # a hub name: let the library fetch it
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(model).to_dict()
+        try:
+            return AutoConfig.from_pretrained(model).to_dict()
+        except OSError as error:
+            raise FileNotFoundError(
+                f"--model {model}: no such folder, and the hub did not give it"
+            ) from error
     path = folder / "config.json" if folder.is_dir() else folder
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no config.json: not a model checkpoint")
     return json.loads(path.read_text())
+
+
+def local_folder(model: str) -> Path:
+    """The folder of a checkpoint; a hub name is downloaded."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pt", "*.h5", "*.msgpack"]))
 
 
 def is_quantized(model: str) -> bool:
@@ -66,6 +82,8 @@ def load_model(model: str, dtype: str, quantization: nf4.NF4Config | None) -> An
 
     from nf4.integrations.transformers import take_bitsandbytes
 
+    if dtype not in DTYPES:
+        raise ValueError(f"the dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     take_bitsandbytes()  # this process is nf4's: bitsandbytes' checkpoints too
     checkpoint_config(model)  # a clear error for a folder that is no checkpoint
     options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
@@ -100,6 +118,12 @@ def model_bytes(model: Any) -> int:
     return sum(t.nbytes for t in tensors.values())
 
 
+def size_text(count: float) -> str:
+    """Bytes in the unit that leaves three digits: ``13.5 GiB``."""
+    unit = next((u for u in _UNITS if count >= _UNITS[u]), "KiB")
+    return f"{count / _UNITS[unit]:.3g} {unit}"
+
+
 def save_folder(target: str | Path, write: Callable[[Path], object]) -> None:
     """Write a folder under a temporary name beside ``target``, then rename it.
 
@@ -130,8 +154,10 @@ def quiet_transformers() -> Iterator[None]:
     """Without transformers' advice on every load; progress bars only on a terminal."""
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    hub = std_logging.getLogger("huggingface_hub")
+    before, hub_before = logging.get_verbosity(), hub.level
     logging.set_verbosity_error()
+    hub.setLevel("ERROR")  # it tells of every retry
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
         with contextlib.suppress(ImportError):
@@ -145,3 +171,4 @@ def quiet_transformers() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(before)
+        hub.setLevel(hub_before)

@@ -70,4 +70,5 @@ def _memory() -> float:
         return float(torch.cuda.max_memory_allocated())
     import resource
 
-    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

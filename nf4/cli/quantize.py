@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from nf4.cli.models import add_model_arguments, config_of, is_quantized, save_folder
+from nf4.cli.models import (
+    add_model_arguments,
+    config_of,
+    is_quantized,
+    local_folder,
+    save_folder,
+    size_text,
+)
+from nf4.cli.parser import Parser
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("nf4 quantize", description=__doc__)
+    parser = Parser("nf4 quantize", __doc__)
     add_model_arguments(parser)
     parser.add_argument("--output", required=True, type=Path, help="new folder for the result")
     parser.add_argument("--json", action="store_true", help="print the sizes as JSON")
@@ -24,7 +31,7 @@ def main(arguments: list[str]) -> int:
 
     from nf4.integrations.stream import quantize_checkpoint
 
-    source = _local(args.model)
+    source = local_folder(args.model)
     sizes = {}
 
     def write(folder: Path) -> None:
@@ -44,17 +51,6 @@ def main(arguments: list[str]) -> int:
         print(json.dumps({"output": str(args.output), **sizes}))
     else:
         ratio = sizes["read"] / sizes["written"]
-        print(
-            f"{args.output}: {sizes['written'] / 2**20:.1f} MiB, was "
-            f"{sizes['read'] / 2**20:.1f} MiB ({ratio:.2f}x smaller)"
-        )
+        written, read = size_text(sizes["written"]), size_text(sizes["read"])
+        print(f"{args.output}: {written}, was {read} ({ratio:.2f}x smaller)")
     return 0
-
-
-def _local(model: str) -> Path:
-    """The folder of a checkpoint; a hub name is downloaded."""
-    if Path(model).is_dir():
-        return Path(model)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pt", "*.h5", "*.msgpack"]))

@@ -16,6 +16,7 @@ import torch
 
 from nf4.backends import triton, tune, tuning_table
 from nf4.cli.models import DTYPES, checkpoint_config
+from nf4.cli.parser import Parser
 from nf4.formats import BLOCK_SIZES
 
 DEVICE = torch.device("cuda")
@@ -23,7 +24,7 @@ TOKENS = (1, 8, 16, 32, 64, 256, 2048, 8192)
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("nf4 tune", description=__doc__)
+    parser = Parser("nf4 tune", __doc__)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--model", help="folder, config.json or hub name, for its layers' shapes")
     where.add_argument("--shapes", nargs="+", type=shape, help="weights as NxK: 14336x4096 ...")
