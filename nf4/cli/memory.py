@@ -2,34 +2,49 @@
 
 Weights, scales, adapters, gradients and optimizer states are counted to the byte: the model is
 built, quantized and given its adapters on the meta device, which holds shapes and no data.
-Activations are what autograd saves, counted by running the training step on fake tensors.
+Activations and workspace come from a training step on fake tensors (``nf4.cli.step``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nf4
+from nf4.cli.presets import lora_config
+from nf4.cli.step import Step, measure_step
 from nf4.formats import NESTED_BLOCK_SIZE
-from nf4.nn.linear import Linear4bitLoRA
+from nf4.lora.prepare import count_parameters
+from nf4.nn.linear import Linear4bitLoRA, NF4Linear
 from nf4.nn.weight import QuantizedWeight
 
 METHODS = ("full", "lora", "qlora")
-COMPONENTS = ("weights", "scales", "adapters", "gradients", "optimizer", "activations")
+COMPONENTS = (
+    "weights",
+    "scales",
+    "adapters",
+    "gradients",
+    "optimizer",
+    "activations",
+    "workspace",
+)
 # Tensors smaller than this keep float32 moments in an 8-bit optimizer.
 _MIN_8BIT = 4096
+# From this many rows on, the Triton kernels multiply by the dequantized weight.
+_DENSE_ROWS = 256
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of each component of a training run."""
+    """Bytes of each component of a training run.
+
+    ``activations`` is the most that autograd holds for the backward at once; ``workspace`` is what
+    the step needs beside it at its peak: gradients of activations, temporaries, and on a GPU one
+    dequantized weight.
+    """
 
     method: str
     weights: int
@@ -38,18 +53,27 @@ class Estimate:
     gradients: int
     optimizer: int
     activations: int
+    workspace: int
 
     @property
     def total(self) -> int:
         return sum(getattr(self, name) for name in COMPONENTS)
 
+    @property
+    def static(self) -> int:
+        """What does not depend on the batch."""
+        return self.total - self.activations - self.workspace
 
-def build(config: Any, method: str, dtype: torch.dtype, lora: nf4.LoraConfig, quant: Any) -> Any:
-    """The model as ``method`` trains it, on the meta device."""
+
+def build(
+    config: Any, method: str, dtype: torch.dtype, lora: nf4.LoraConfig | None, quant: Any
+) -> Any:
+    """The model as ``method`` trains it, on the meta device; ``lora`` None: the size's preset."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    lora = lora or lora_config(model, count_parameters(model)[1])
     if method == "qlora":
         nf4.prepare_model(model, quant, lora, progress=False)
     elif method == "lora":
@@ -58,34 +82,45 @@ def build(config: Any, method: str, dtype: torch.dtype, lora: nf4.LoraConfig, qu
 
 
 class _Adapted(nn.Module):
-    """A 16-bit layer with a LoRA adapter, for counting plain LoRA."""
+    """A 16-bit layer with a LoRA adapter, for counting plain LoRA as PEFT computes it."""
 
-    def __init__(self, linear: nn.Linear, r: int) -> None:
+    def __init__(self, linear: nn.Module, r: int, dropout: float) -> None:
         super().__init__()
         self.linear = linear
         factory: dict[str, Any] = {"device": "meta", "dtype": torch.float32}
-        self.lora_A = nn.Parameter(torch.empty(r, linear.in_features, **factory))
-        self.lora_B = nn.Parameter(torch.empty(linear.out_features, r, **factory))
+        weight: Any = linear.weight
+        n, k = weight.shape if isinstance(linear, nn.Linear) else weight.shape[::-1]
+        self.dropout = nn.Dropout(dropout)
+        self.lora_A = nn.Parameter(torch.empty(r, k, **factory))
+        self.lora_B = nn.Parameter(torch.empty(n, r, **factory))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(self.lora_A.dtype)
+        wide = self.dropout(x.to(self.lora_A.dtype))
         return self.linear(x) + (wide @ self.lora_A.T @ self.lora_B.T).to(x.dtype)
 
 
 def _add_16bit_adapters(model: nn.Module, lora: nf4.LoraConfig) -> None:
+    from nf4.nn.linear import is_conv1d
+
     model.requires_grad_(False)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and module is not head and lora.targets(name):
-            model.set_submodule(name, _Adapted(module, lora.r))
+        linear = type(module) is nn.Linear or is_conv1d(module)
+        if linear and module is not head and lora.targets(name):
+            model.set_submodule(name, _Adapted(module, lora.r, lora.lora_dropout))
 
 
 def static_bytes(model: nn.Module, optim: str) -> dict[str, int]:
     """Bytes of everything but the activations, exactly."""
     counts = dict.fromkeys(("weights", "scales", "adapters", "gradients", "optimizer"), 0)
+    adapters = {
+        id(parameter)
+        for m in model.modules()
+        if isinstance(m, (Linear4bitLoRA, _Adapted))
+        for parameter in (m.lora_A, m.lora_B)
+    }
     for parameter in model.parameters():
-        adapter = parameter.requires_grad and _is_adapter(model, parameter)
-        counts["adapters" if adapter else "weights"] += parameter.nbytes
+        counts["adapters" if id(parameter) in adapters else "weights"] += parameter.nbytes
         if parameter.requires_grad:
             counts["gradients"] += parameter.nbytes
             counts["optimizer"] += optimizer_bytes(parameter.numel(), parameter.dtype, optim)
@@ -101,14 +136,6 @@ def static_bytes(model: nn.Module, optim: str) -> dict[str, int]:
     return counts
 
 
-def _is_adapter(model: nn.Module, parameter: nn.Parameter) -> bool:
-    return any(
-        parameter is m.lora_A or parameter is m.lora_B
-        for m in model.modules()
-        if isinstance(m, (Linear4bitLoRA, _Adapted))
-    )
-
-
 def optimizer_bytes(numel: int, dtype: torch.dtype, optim: str) -> int:
     """State of one parameter: two moments, and torch's float32 step counter."""
     if optim.startswith("adamw_torch"):
@@ -118,68 +145,12 @@ def optimizer_bytes(numel: int, dtype: torch.dtype, optim: str) -> int:
     return 8 * numel
 
 
-def activation_bytes(model: nn.Module, batch: int, length: int, checkpointing: bool) -> int:
-    """What autograd saves in one training step of ``batch`` sequences of ``length`` tokens.
-
-    With ``checkpointing``: the input of every decoder layer, the largest layer's own activations,
-    and what lies outside the layers.
-    """
-    layers = decoder_layers(model)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        fake = model.to_empty(device="cpu")
-        ids = torch.zeros(batch, length, dtype=torch.long)
-        with record_saved(fake, layers) as saved:
-            fake(input_ids=ids, labels=ids, use_cache=False)
-    if not checkpointing:
-        return sum(saved.values())
-    inside = [count for owner, count in saved.items() if owner is not None]
-    parameters = [p.dtype for p in model.parameters() if p.is_floating_point()]
-    hidden = batch * length * _hidden_size(model) * parameters[0].itemsize
-    return saved.get(None, 0) + max(inside, default=0) + hidden * len(layers)
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of the model, each of which checkpointing recomputes."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    return list(max(lists, key=len, default=[]))
-
-
-def _hidden_size(model: Any) -> int:
-    return model.config.get_text_config().hidden_size
-
-
-@contextmanager
-def record_saved(model: nn.Module, layers: list[nn.Module]) -> Iterator[dict[int | None, int]]:
-    """Count the bytes saved for backward, by the layer (its number, or None) that saved them.
-
-    Parameters and buffers are not counted, nor is a storage that is saved twice.
-    """
-    own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
-    seen: dict[int, Tensor] = {}
-    saved: dict[int | None, int] = {}
-    current: list[int | None] = [None]
-
-    def pack(tensor: Tensor) -> Tensor:
-        key = tensor.untyped_storage()._cdata
-        if key not in own and key not in seen:
-            seen[key] = tensor  # held, so that no other storage takes its address
-            owner = current[0]
-            saved[owner] = saved.get(owner, 0) + tensor.untyped_storage().nbytes()
-        return tensor
-
-    def enter(number: int) -> Callable[..., None]:
-        return lambda *_: current.__setitem__(0, number)
-
-    handles = []
-    for number, layer in enumerate(layers):
-        handles.append(layer.register_forward_pre_hook(enter(number)))
-        handles.append(layer.register_forward_hook(lambda *_: current.__setitem__(0, None)))
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield saved
-    finally:
-        for handle in handles:
-            handle.remove()
+def dequantized_bytes(model: nn.Module, rows: int, dtype: torch.dtype) -> int:
+    """The largest weight in 16 bits, which the Triton kernels make for many rows; else 0."""
+    if rows < _DENSE_ROWS:
+        return 0
+    sizes = [m.q.numel() for m in model.modules() if isinstance(m, NF4Linear)]
+    return max(sizes, default=0) * dtype.itemsize
 
 
 def estimate(
@@ -193,11 +164,19 @@ def estimate(
     batch: int = 1,
     length: int = 2048,
     checkpointing: bool = True,
+    gpu: bool = True,
 ) -> Estimate:
-    """The memory of training the model of ``config`` by ``method``, one of ``METHODS``."""
-    lora = lora or nf4.LoraConfig(target_modules="all-linear")
-    optim = optim or ("paged_adamw_8bit" if method == "qlora" else "adamw_torch")
+    """The memory of training the model of ``config`` by ``method``, one of ``METHODS``.
+
+    ``lora`` None is the preset of the model's size, ``optim`` None what ``nf4 finetune`` takes for
+    QLoRA and Trainer's own default for the others. ``gpu`` False leaves out what only the GPU's
+    kernels allocate.
+    """
+    optim = optim or ("paged_adamw_8bit" if method == "qlora" else "adamw_torch_fused")
     model = build(config, method, dtype, lora, quantization)
     static = static_bytes(model, optim)
-    activations = activation_bytes(model, batch, length, checkpointing)
-    return Estimate(method, **static, activations=activations)
+    dense = dequantized_bytes(model, batch * length, dtype) if gpu else 0
+    step: Step = measure_step(model, batch, length, checkpointing)
+    return Estimate(
+        method, **static, activations=step.saved, workspace=step.peak - step.saved + dense
+    )
