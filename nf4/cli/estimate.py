@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
         estimates = [_estimate(args, config, lora, method) for method in METHODS]
         advice = _advice(args, config, lora, estimates[-1])
     if args.plot:
-        write_atomically(args.plot, lambda path: _plot(estimates, args, Path(path)))
+        write_atomically({args.plot: lambda path: _plot(estimates, args, Path(path))})
     if args.json:
         rows = [{**asdict(e), "total": e.total} for e in estimates]
         print(json.dumps({"lora": describe(lora), "estimates": rows, "advice": advice}))
