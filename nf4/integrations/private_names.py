@@ -99,7 +99,9 @@ def resolve(name: Name) -> tuple[Any, str]:
         for part in parents:
             owner = getattr(owner, part)
         getattr(owner, last)
-    except (ImportError, AttributeError) as error:
+    except (AttributeError, ModuleNotFoundError) as error:
+        if isinstance(error, ModuleNotFoundError) and not module.startswith(error.name or module):
+            raise  # something that the module itself needs
         raise ImportError(
             f"nf4.integrations: {module} must have {path} ({package} {TESTED[package]} do), "
             f"got {package} {importlib.metadata.version(package)}"
