@@ -1,6 +1,6 @@
 // The matmul for the fewest rows of x: a row of W is read front to back with lanes along the row,
-// which needs no transposition and gives the memory one plain stream. Long rows are cut into
-// segments, for x's part of one to stay in L1.
+// which needs no transposition and gives the memory one plain stream. Very long rows are cut
+// into segments.
 #pragma once
 
 #include "gemm.h"
@@ -18,12 +18,10 @@ bool can_dot(const Product& p, int64_t columns) {
          has_row_groups(p.b);
 }
 
-// Most elements of a segment. Its part of x must stay in L1 beside W's stream: with 28 KiB of 32
-// the 14336 columns of one row took 1.5x as long as with 14 KiB (Zen 4). Of more rows, shorter
-// segments cost more than x's trips to L2.
-template <class Math, int kRows>
-constexpr int64_t kSegment =
-    min(8192, (1 << 15) / static_cast<int64_t>(kRows * sizeof(typename Math::Element)));
+// Most elements of a segment. From half to four times as many, up to four rows of x of 14336 to
+// 53248 columns took 1.04x to 1.2x as long (Zen 4; x then comes from L2, which costs less than to
+// start more often).
+constexpr int64_t kSegment = 16384;
 
 // x in the order that the nibbles of kWidth dwords come in: [chunk][row][part][lane], zero-padded.
 template <class Math>
@@ -87,10 +85,12 @@ void dot_block(const uint8_t* packed,              // kDotColumns rows of depth 
   };
   int64_t first = 0;
   // Whole rows follow each other in memory. To which cache their bytes come ahead of use depends on
-  // the first level's size: into 48 KiB, 8 KiB ahead (Zen 5: up to 1.5x faster than other distances
-  // or L2); into L2 beside 32 KiB, 12 KiB ahead (Zen 4: 1.25x faster than L1). Of segments, the
-  // same columns of later rows come to L2.
-  const bool whole = depth == 2 * row_bytes, near = whole && l1_bytes() >= 40 << 10;
+  // the first level's size: into 48 KiB beside at most 32 KiB of x, 8 KiB ahead (Zen 5: up to 1.5x
+  // faster than other distances or L2); else into L2, 12 KiB ahead (Zen 4: 1.25x faster than L1).
+  // Of segments, the same columns of later rows come to L2.
+  const bool whole = depth == 2 * row_bytes;
+  const int64_t x_bytes = depth * kRows * static_cast<int64_t>(sizeof(typename Math::Element));
+  const bool near = whole && x_bytes <= 32 << 10 && l1_bytes() >= 40 << 10;
   const int64_t ahead = near ? 8192 : 12288;
   const uint8_t* next = packed + (whole ? ahead : kDotColumns * row_bytes * ceil_div(ahead, depth));
   const int64_t fetch_step = whole ? kDotColumns : 1, fetch_stride = whole ? kChunk / 2 : row_bytes;
@@ -126,8 +126,7 @@ void dot_rows(const Product& p, const uint32_t* x, int64_t column, int64_t colum
   for (int i = 0; i < kWidth; ++i) lane_scales[i] = (8 * i) >> weight.block_shift;
   const I scale_of_lane = load_dwords(lane_scales);
   // Segments of one length.
-  const int64_t step =
-      round_up(ceil_div(p.depth, ceil_div(p.depth, kSegment<Math, kRows>)), kChunk);
+  const int64_t step = round_up(ceil_div(p.depth, ceil_div(p.depth, kSegment)), kChunk);
   for (int64_t first = 0; first < p.depth; first += step) {
     const int64_t depth = min(step, p.depth - first);
     const int64_t first_block = first >> weight.block_shift;
