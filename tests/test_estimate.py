@@ -28,11 +28,15 @@ _WIDTHS = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": VOCABULARY
 _GROUPED = {**_WIDTHS, "num_key_value_heads": 2, "num_hidden_layers": 4}
 _TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
-# 4 layers: more than the estimate runs, so that the rest is extrapolated. Gemma 2 has two kinds.
+# More layers than the estimate runs, so that the rest is extrapolated. Gemma 2 has two kinds.
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(intermediate_size=160, **_GROUPED),
     "gemma2": lambda: transformers.Gemma2Config(
-        intermediate_size=160, head_dim=16, sliding_window=32, **_GROUPED, **_TOKENS
+        intermediate_size=160,
+        head_dim=16,
+        sliding_window=32,
+        **{**_GROUPED, "num_hidden_layers": 8},
+        **_TOKENS,
     ),
     "gpt2": lambda: transformers.GPT2Config(
         n_embd=64, n_layer=4, n_head=4, vocab_size=VOCABULARY, n_positions=512, **_TOKENS
@@ -200,7 +204,7 @@ def _allocated_peak(loss: Callable[[Tensor], Tensor], ids: Tensor) -> int:
 
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param(k, marks=[pytest.mark.check] * (k in ("opt", "gemma2"))) for k in CONFIGS],
+    [pytest.param(k, marks=[pytest.mark.check] * (k not in ("llama", "gpt2"))) for k in CONFIGS],
 )
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -226,6 +230,19 @@ def test_activations_are_within_a_tenth_of_a_real_step(
         peak = _allocated_peak(loss, ids)
         step = predicted.activations + predicted.workspace
         assert abs(step - peak) <= 0.1 * peak, (length, predicted, peak)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_layer_counts_in_a_deep_model(checkpointing: bool) -> None:
+    """Deep enough that what the layers hand on outweighs one recomputed layer and the loss."""
+    config, lora = _config(num_hidden_layers=24, vocab_size=64), _lora()
+    predicted = estimate(
+        config, "qlora", lora=lora, length=64, checkpointing=checkpointing, gpu=False
+    )
+    model = _real(config, "qlora", lora, checkpointing)
+    ids = torch.randint(3, 64, (1, 64))
+    saved = _saved_peak(model, loss_function(model), ids)
+    assert abs(predicted.activations - saved) <= 0.03 * saved, (predicted, saved)
 
 
 def test_a_gpu_s_workspace_holds_one_dequantized_weight() -> None:

@@ -1,7 +1,8 @@
 """The memory of one training step beside the model's own tensors, counted on fake tensors.
 
 A training step is ``nf4 finetune``'s: TRL's loss, which keeps no logits, where TRL has it. Layers
-of one structure save the same bytes, so two of each are run, and the first counts for the rest.
+of one structure save the same bytes, so three of each are run, and the middle one counts for the
+rest.
 """
 
 from __future__ import annotations
@@ -76,9 +77,9 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 def measure_step(model: nn.Module, batch: int, length: int, checkpointing: bool) -> Step:
     """Run a step of ``batch`` sequences of ``length`` tokens on the shapes of ``model``.
 
-    The model is on the meta device, and loses all but two of each kind of layer.
+    The model is on the meta device, and loses all but three of each kind of layer.
     """
-    counts = _keep_two_of_each(model)
+    counts = _keep_three_of_each(model)
     for module in model.modules():
         if isinstance(module, NF4Experts):
             module.forward = _balanced(module)  # type: ignore[assignment, method-assign]
@@ -214,10 +215,11 @@ def record_saved(
             handle.remove()
 
 
-def _keep_two_of_each(model: nn.Module) -> dict[int, int]:
-    """Drop the layers that repeat two earlier ones' structure; how often each kept one counts.
+def _keep_three_of_each(model: nn.Module) -> dict[int, int]:
+    """Drop the layers that repeat three earlier ones' structure; how often each kept one counts.
 
-    Two, because what checkpointing keeps of a layer is what it hands to the next one.
+    The middle one counts for them: over a frozen embedding the first saves less, for its input
+    needs no gradient, and what checkpointing keeps of a layer is what it hands to the next one.
     """
     layers = decoder_layers(model)
     kept: dict[str, list[int]] = {}
@@ -225,8 +227,8 @@ def _keep_two_of_each(model: nn.Module) -> dict[int, int]:
     chosen: list[nn.Module] = []
     for layer in layers:
         same = kept.setdefault(_structure(layer), [])
-        if len(same) == 2:
-            counts[same[0]] += 1
+        if len(same) == 3:
+            counts[same[1]] += 1
         else:
             counts[len(chosen)] = 1
             same.append(len(chosen))
