@@ -32,7 +32,7 @@ from nf4.cli.models import (
 )
 from nf4.cli.parser import OneLineErrors
 from nf4.cli.presets import PRESETS, describe, lora_config
-from nf4.cli.progress import show_status
+from nf4.cli.progress import Status, show_status
 from nf4.formats import WEIGHT_FORMATS
 from nf4.integrations.trainer import OPTIMIZERS, find_resume_checkpoint, optimizer_class
 from nf4.lora.adapter import make_readable
@@ -224,7 +224,12 @@ def _train(own: FinetuneArguments, training: TrainingConfig) -> int:
     if finished is None:
         if resume is not None:
             print(f"Resuming from {resume}", flush=True)
-        trainer.train(resume_from_checkpoint=resume)
+        try:
+            trainer.train(resume_from_checkpoint=resume)
+        except KeyboardInterrupt:
+            status: Any = trainer.pop_callback(Status)
+            status.close()
+            raise
     if trainer.is_world_process_zero():
         log = trainer.state.log_history if finished is None else state["log_history"]
         with tempfile.TemporaryDirectory(dir=output, prefix=".partial-") as name:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, ProgressCallback
 
+_BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
 
 def show_status(trainer: Any) -> Status:
     """Put a ``Status`` in the place of Trainer's own bar and printed dictionaries."""
@@ -33,6 +35,8 @@ class Status(ProgressCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if sys.stderr.isatty():
             super().on_train_begin(args, state, control, **kwargs)
+            if self.training_bar is not None:  # without the steps a second: 80 columns hold all
+                self.training_bar.bar_format = _BAR
         self.started, self.first_tokens = time.monotonic(), state.num_input_tokens_seen
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -48,6 +52,11 @@ class Status(ProgressCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.training_bar is not None:
             super().on_train_end(args, state, control, **kwargs)
+
+    def close(self) -> None:
+        """Leave the bar of an interrupted run above what is printed next."""
+        if self.training_bar is not None:
+            self.training_bar.close()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs:
