@@ -9,7 +9,6 @@ Stages, each resumed from its last checkpoint when the command is run again:
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nf4.cli.models import model_bytes, save_folder
+from nf4.cli.parser import Parser
 from nf4.lora.adapter import write_atomically
 
 OUTPUT = "demo_output"
@@ -26,7 +26,7 @@ MERGED_16BIT, MERGED_NF4 = "merged into 16 bits", "merged into NF4, from the 16-
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("nf4 demo", description=__doc__.partition("\n\n")[0])
+    parser = Parser("nf4 demo", __doc__.partition("\n\n")[0])
     parser.add_argument("--output", type=Path, default=Path(OUTPUT), help="folder for the results")
     parser.add_argument("--fresh", action="store_true", help="delete earlier results first")
     parser.add_argument("--pretrain-steps", type=int, default=PRETRAIN_STEPS)
