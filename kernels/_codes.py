@@ -15,37 +15,42 @@ def decode_asm(codes, dtype):
 
     ``codes`` are the 16 values, exact in ``dtype`` ("fp32", "fp16" or "bf16"). Each byte plane of
     the table lies in four 32-bit words. PRMT looks up four codes in the eight entries below 8 and
-    in the eight above, a third PRMT picks by bit 3 of each code; further PRMTs zip the planes into
-    values. 16 PRMT and 5 logic instructions decode 8 codes to 16 bits, where a tree of selects
-    takes 15 a code. Inline PTX, because Triton has no byte permute; the plain form in ``decode``
-    is what the interpreter runs, and a test evaluates this text against it for all 256 bytes.
+    in the eight above, and a LOP3 takes one or the other by bit 3 of each code, which a PRMT that
+    replicates sign bits spread to a mask; further PRMTs zip the planes into values. 21 integer
+    instructions decode 8 codes to 16 bits, where a tree of selects takes 15 a code. Inline PTX,
+    because Triton has no byte permute; the plain form in ``decode`` is what the interpreter runs,
+    and a test evaluates this text against it for all 256 bytes.
     """
     pack = {"fp32": "<f", "fp16": "<e", "bf16": "<f"}[dtype]
     raw = [struct.pack(pack, c) for c in codes]
     if dtype == "bf16":
         raw = [r[2:] for r in raw]
     width = len(raw[0])
-    words = []  # words[plane][4]: entries 0-3, 4-7, 8-11, 12-15
-    for plane in range(width):
-        entries = bytes(r[plane] for r in raw)
-        words.append([f"0x{w:08x}" for w in struct.unpack("<4I", entries)])
     outputs = 2 * width
     q = f"${outputs}"
     lines = [
-        "{ .reg .b32 index, pick, below, above, plane<4>, zip<2>;",
+        "{ .reg .b32 index, mask, up, below, above, zero, plane<4>, zip<2>;",
+        # An instruction takes one constant. The other must be in a register, and ptxas moves a
+        # known one there for every use, 64 moves in 350 instructions: so it must not know.
+        "mov.u32 zero, %lanemask_lt;",
+        "mov.u32 up, %lanemask_ge;",
+        "and.b32 zero, zero, up;",
         f"and.b32 index, {q}, 0x77777777;",
-        f"shr.u32 pick, {q}, 1;",
-        "and.b32 pick, pick, 0x44444444;",
-        "or.b32 pick, pick, 0x32103210;",
+        f"shl.b32 up, {q}, 4;",
     ]
     for pair in range(2):  # codes of bytes 0-1, then of bytes 2-3
         if pair:
-            lines += ["shr.u32 index, index, 16;", "shr.u32 pick, pick, 16;"]
-        for plane, (a, b, c, d) in enumerate(words):
+            lines.append("shr.u32 index, index, 16;")
+        lines.append(f"prmt.b32 mask, {q}, up, {(0x9D8C, 0xBFAE)[pair]:#x};")
+        for plane in range(width):
+            # Entries 0-3, 4-7, 8-11, 12-15.
+            a, b, c, d = struct.unpack("<4I", bytes(r[plane] for r in raw))
             lines += [
-                f"prmt.b32 below, {a}, {b}, index;",
-                f"prmt.b32 above, {c}, {d}, index;",
-                f"prmt.b32 plane{plane}, below, above, pick;",
+                f"or.b32 below, zero, 0x{a:08x};",
+                f"or.b32 above, zero, 0x{c:08x};",
+                f"prmt.b32 below, below, 0x{b:08x}, index;",
+                f"prmt.b32 above, above, 0x{d:08x}, index;",
+                f"lop3.b32 plane{plane}, below, above, mask, 0xd8;",
             ]
         # Byte i of a plane belongs to code i of (second, first, second, first).
         if width == 2:

@@ -36,16 +36,31 @@ def _prmt(a: int, b: int, selector: int) -> int:
     return int.from_bytes(bytes(out), "little")
 
 
+def _lop3(a: int, b: int, c: int, table: int) -> int:
+    """LOP3: bit ``4 a + 2 b + c`` of the table for each bit of the operands."""
+    index = [4 * (a >> i & 1) + 2 * (b >> i & 1) + (c >> i & 1) for i in range(32)]
+    return sum((table >> j & 1) << i for i, j in enumerate(index))
+
+
 def _run_ptx(text: str, packed: int) -> list[int]:
     """The output registers of ``decode_asm``'s text for four packed bytes."""
     operations = {
         "and.b32": lambda a, b: a & b,
         "or.b32": lambda a, b: a | b,
         "shr.u32": lambda a, b: a >> b,
+        "shl.b32": lambda a, b: a << b & 0xFFFFFFFF,
         "prmt.b32": _prmt,
+        "lop3.b32": _lop3,
+        "mov.u32": lambda a: a,
     }
     outputs = len(set(re.findall(r"\$\d+", text))) - 1
-    registers = {f"${outputs}": packed}
+    lane = np.random.default_rng().integers(32)
+    below = (1 << int(lane)) - 1
+    registers = {
+        f"${outputs}": packed,
+        "%lanemask_lt": below,
+        "%lanemask_ge": 0xFFFFFFFF - below,
+    }
 
     def value(operand: str) -> int:
         return registers[operand] if operand in registers else int(operand, 0)
@@ -136,12 +151,12 @@ def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 @interpreted
-@pytest.mark.parametrize("m", [1, 9, 40, 257])
+@pytest.mark.parametrize("m", [1, 9, 40, 100, 257])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_plans_agree(m: int, dtype: torch.dtype, capability: int) -> None:
     """Whatever the plan of a device is, the products are the same to rounding."""
-    if m == 257 and dtype is not torch.bfloat16:
-        pytest.skip("the interpreter takes seconds for 257 rows: one dtype is enough")
+    if m >= 100 and dtype is not torch.bfloat16:
+        pytest.skip("the interpreter takes seconds for 100 rows: one dtype is enough")
     case = Matmul((m,), 40, 640, nested=True)
     weight, dense = case.weight(torch.device("cpu"))
     layout = (case.block_size, case.format_id)
@@ -207,13 +222,30 @@ def test_plans_cover_every_path(capability: int) -> None:
         (m, itemsize): tuning.linear(
             tuning.Shape(m, 40, 640, 64, aligned=True, itemsize=itemsize), target
         )
-        for m in (1, 9, 40, 257)
+        for m in (1, 9, 40, 100, 257)
         for itemsize in (2, 4)
     }
     assert plans[257, 2] is None and plans[9, 4] is None
     assert plans[1, 2] is not None and plans[1, 2].split > 1
     assert (plans[9, 2] is not None) == (capability >= 80)
     assert plans[1, 2].permute == (capability == 90)
+    if capability >= 80:
+        halves = {m: tuning.twice(plans[m, 2], 2, target) for m in (1, 9, 40, 100)}
+        assert halves == {1: False, 9: False, 40: capability == 80, 100: capability == 80}
+        assert plans[100, 2].block_m == (64 if capability == 80 else 128)
+
+
+def test_splits_fill_the_device() -> None:
+    """The busiest SM gets few more steps of the reduction than the mean."""
+    for sms, bound in ((108, 1.25), (132, 1.05), (148, 1.2), (170, 1.35)):
+        target = tuning.Target(90, sms)
+        for n, k in ((4096, 4096), (14336, 4096), (8192, 8192), (28672, 8192), (4096, 14336)):
+            plan = tuning.linear(tuning.Shape(1, n, k, 64, True, 2), target)
+            steps = k // plan.block_k
+            programs = -(-n // plan.block_n) * plan.split
+            busiest = -(-programs // sms) * -(-steps // plan.split)
+            assert busiest / (-(-n // plan.block_n) * steps / sms) < bound, (sms, n, k, plan)
+            assert steps // plan.split >= 4
 
 
 @pytest.mark.parametrize("block_size", formats.BLOCK_SIZES)
