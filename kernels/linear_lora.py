@@ -102,10 +102,11 @@ def dense_lora_kernel(
     m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     token = tl.minimum(m, M - 1).to(tl.int64)
-    column = tl.minimum(n, N - 1).to(tl.int64)
+    # A remainder, because a minimum would hide that columns are neighbours and split every load.
+    column = (n % N).to(tl.int64)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in tl.range(0, R, BLOCK_R, num_stages=1):  # see linear.add_lora
+    for start in tl.range(0, R, BLOCK_R, num_stages=1):  # see linear.finish
         r = start + tl.arange(0, BLOCK_R)
         u = tl.load(u_ptr + token[:, None] * R + r[None, :], mask=r[None, :] < R, other=0.0)
         v_offset = r.to(tl.int64)[:, None] * stride_vr + column[None, :] * stride_vn
@@ -132,6 +133,6 @@ def dense_lora_kernel(
         w_tile_ptr += w_step
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + column).to(tl.float32)[None, :]
-    element = token[:, None] * N + column[None, :]
+    element = token[:, None] * N + n[None, :]
     inside = (m[:, None] < M) & (n[None, :] < N)
     tl.store(out_ptr + element, acc.to(out_ptr.dtype.element_ty), mask=inside)

@@ -128,6 +128,34 @@ def test_exact_ops_round_every_step(arch: int, static: ModuleType) -> None:
     assert fused == FUSIBLE
 
 
+@pytest.mark.parametrize("arch", [80, 90])
+def test_matmuls_access_16_bytes(arch: int, static: ModuleType) -> None:
+    """No load and no store of single 16-bit elements where rows begin at multiples of 16.
+
+    An index that hides from the compiler that columns are neighbours splits every access, and
+    keeps a tile out of the pipeline of asynchronous copies.
+    """
+    from nf4.backends.triton_launch import recording
+    from nf4.backends.tuning import Target
+
+    with recording(Target(arch, 100)) as launches:
+        for m in (64, 512):
+            static._lora_case(torch.bfloat16, m, 0.0)
+    names = ("linear_kernel", "dense_lora_kernel", "linear_backward_kernel")
+    seen = set()
+    for launch in launches:
+        name = launch.kernel.fn.__name__
+        if name not in names:
+            continue
+        ptx = static.compiled(launch, arch).asm["ptx"]
+        narrow = re.findall(r"\b(?:ld|st)\.global\S*\.b16\b.*", ptx)
+        assert not narrow, f"{name}: {len(narrow)}, the first {narrow[0]}"
+        assert re.search(r"st\.global\S*\.v4\.b32", ptx), name
+        assert re.search(r"cp\.async\.cg\S* .*0x10\b", ptx), name
+        seen.add(name)
+    assert seen == set(names)
+
+
 def test_launches_set_the_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice is part of every launch, whatever the environment makes Triton's default."""
     from nf4.backends import triton_launch
