@@ -18,27 +18,44 @@ from nf4.kernels._scales import load_scale
 
 
 @triton.jit
-def add_lora(
-    acc,  # [BLOCK_N, BLOCK_M] float32
-    s_ptr,  # [M, R] float32
+def finish(
+    acc,  # [BLOCK_N, TOKENS] float32
+    s_ptr,  # [M, R] float32 or None
     b_ptr,  # [N, R] any float
-    row,  # [BLOCK_N] int64
-    token,  # [BLOCK_M] int64
+    bias_ptr,
+    out_ptr,
+    n,  # [BLOCK_N]
+    row,  # the same in bounds, int64
+    m,  # [TOKENS]
+    token,  # the same in bounds, int64
+    M,
+    N,
     R,
-    r_end,
     scaling,
+    split,
     BLOCK_R: tl.constexpr,
+    SPLIT: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The LoRA up-projection as further tiles of the reduction: acc + B (scaling s)^T."""
-    # Not pipelined: a second buffer would not fit beside the main loop's on sm_86.
-    for start in tl.range(0, r_end, BLOCK_R, num_stages=1):
-        r = start + tl.arange(0, BLOCK_R)
-        b = tl.load(b_ptr + row[:, None] * R + r[None, :], mask=r[None, :] < R, other=0.0)
-        s = tl.load(s_ptr + token[None, :] * R + r[:, None], mask=r[:, None] < R, other=0.0)
-        acc = tl.dot(b.to(DTYPE), (s * scaling).to(DTYPE), acc, input_precision=PRECISION)
-    return acc
+    """Store acc + B (scaling s)^T + bias. The up-projection is further tiles of the reduction."""
+    if s_ptr is not None:
+        r_end = tl.where(split == SPLIT - 1, R, 0)
+        # Not pipelined: a second buffer would not fit beside the main loop's on sm_86.
+        for start in tl.range(0, r_end, BLOCK_R, num_stages=1):
+            r = start + tl.arange(0, BLOCK_R)
+            b = tl.load(b_ptr + row[:, None] * R + r[None, :], mask=r[None, :] < R, other=0.0)
+            s = tl.load(s_ptr + token[None, :] * R + r[:, None], mask=r[:, None] < R, other=0.0)
+            acc = tl.dot(b.to(DTYPE), (s * scaling).to(DTYPE), acc, input_precision=PRECISION)
+    inside = (n[:, None] < N) & (m[None, :] < M)
+    element = token[None, :] * N + n[:, None]
+    if SPLIT == 1:
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + row).to(tl.float32)[:, None]
+        tl.store(out_ptr + element, acc.to(out_ptr.dtype.element_ty), mask=inside)
+    else:
+        element += split.to(tl.int64) * M * N
+        tl.store(out_ptr + element, acc, mask=inside)
 
 
 @triton.jit(do_not_specialize_on_alignment=["M"])
@@ -67,14 +84,17 @@ def linear_kernel(
     DTYPE: tl.constexpr,  # that products are taken in
     PRECISION: tl.constexpr,
     PERMUTE: tl.constexpr,
+    TWICE: tl.constexpr,  # two products with half of the tokens each
     CODES: tl.constexpr,
     ASM: tl.constexpr,
     CONSTRAINTS: tl.constexpr,
 ):
     HALF: tl.constexpr = BLOCK_K // 2
+    TOKENS: tl.constexpr = BLOCK_M // 2 if TWICE else BLOCK_M
     split = tl.program_id(2)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    # Tiles of tokens run next to each other, so that weights come from memory once for all.
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, TOKENS)  # [TOKENS]
     # Past the end the last row is read again and its result dropped: no masks in the loop.
     row = tl.minimum(n, N - 1).to(tl.int64)
     token = tl.minimum(m, M - 1).to(tl.int64)
@@ -83,7 +103,10 @@ def linear_kernel(
     each = (tiles + SPLIT - 1) // SPLIT
     start = split * each
     end = tl.minimum(start + each, tiles)
-    byte_ptr = packed_ptr + row[:, None] * (K // 2) + tl.arange(0, HALF)[None, :]
+    # K is a multiple of 32, which the compiler must see in the pitch to load 16 bytes at a time.
+    # Triton 3.9 fails on sm_100 where a whole row of the tile is that short.
+    pitch = K // 2 if HALF < 32 else K // 32 * 16
+    byte_ptr = packed_ptr + row[:, None] * pitch + tl.arange(0, HALF)[None, :]
     k = tl.arange(0, BLOCK_K)
     if PERMUTE:
         # The order of a reduction is free. In this one the bytes that a thread of a quad feeds to
@@ -94,7 +117,13 @@ def linear_kernel(
     first_block = (row * (K // BLOCK_SIZE)).to(tl.int32)
     everywhere = n >= 0
 
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    acc = tl.zeros((BLOCK_N, TOKENS), tl.float32)
+    if TWICE:
+        # mma.sync gives square tiles to warps in two rows and two columns, which both decode the
+        # weights they share: 9.7 instructions a weight on sm_80, and 7.2 by halves (static counts).
+        acc2 = tl.zeros((BLOCK_N, TOKENS), tl.float32)
+        token2 = tl.minimum(m + TOKENS, M - 1).to(tl.int64)
+        x_tile_ptr2 = x_ptr + token2[None, :] * K + k[:, None]
     block = first_block + tl.minimum(start, tiles - 1) * BLOCK_K // BLOCK_SIZE
     next_scale = load_scale(absmax_ptr, nested_ptr, offset_ptr, map_ptr, block, everywhere)
     for tile in range(start, end):
@@ -110,19 +139,19 @@ def linear_kernel(
         first, second = decode(packed, CODES, ASM, CONSTRAINTS, DTYPE)
         w = interleave(first, second)  # [BLOCK_N, BLOCK_K]
         acc += tl.dot(w, x, input_precision=PRECISION) * scale[:, None]
+        if TWICE:
+            x = tl.load(x_tile_ptr2 + tile * BLOCK_K).to(DTYPE)
+            acc2 += tl.dot(w, x, input_precision=PRECISION) * scale[:, None]
 
-    if s_ptr is not None:
-        r_end = tl.where(split == SPLIT - 1, R, 0)
-        acc = add_lora(acc, s_ptr, b_ptr, row, token, R, r_end, scaling, BLOCK_R, DTYPE, PRECISION)
-    inside = (n[:, None] < N) & (m[None, :] < M)
-    element = token[None, :] * N + row[:, None]
-    if SPLIT == 1:
-        if bias_ptr is not None:
-            acc += tl.load(bias_ptr + row).to(tl.float32)[:, None]
-        tl.store(out_ptr + element, acc.to(out_ptr.dtype.element_ty), mask=inside)
-    else:
-        element += split.to(tl.int64) * M * N
-        tl.store(out_ptr + element, acc, mask=inside)
+    finish(
+        acc, s_ptr, b_ptr, bias_ptr, out_ptr, n, row, m, token, M, N, R, scaling, split,
+        BLOCK_R, SPLIT, DTYPE, PRECISION,
+    )  # fmt: skip
+    if TWICE:
+        finish(
+            acc2, s_ptr, b_ptr, bias_ptr, out_ptr, n, row, m + TOKENS, token2, M, N, R, scaling,
+            split, BLOCK_R, SPLIT, DTYPE, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -56,7 +56,7 @@ def linear_backward_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     if ds_ptr is not None:
         r_end = tl.where(split == 0, R, 0)
-        for start in tl.range(0, r_end, BLOCK_R, num_stages=1):  # see linear.add_lora
+        for start in tl.range(0, r_end, BLOCK_R, num_stages=1):  # see linear.finish
             r = start + tl.arange(0, BLOCK_R)
             ds = tl.load(ds_ptr + token[:, None] * R + r[None, :], mask=r[None, :] < R, other=0.0)
             a_offset = r.to(tl.int64)[:, None] * K + k[None, :]
@@ -74,7 +74,7 @@ def linear_backward_kernel(
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = n < N
         row = tl.minimum(n, N - 1).to(tl.int64)
-        packed = tl.load(packed_ptr + row[:, None] * (K // 2) + byte[None, :])
+        packed = tl.load(packed_ptr + row[:, None] * (K // 32 * 16) + byte[None, :])
         block = (row * (K // BLOCK_SIZE)).to(tl.int32) + start_k // BLOCK_SIZE
         # Rows past the end get the scale 0, so that they add nothing.
         scale = load_scale(absmax_ptr, nested_ptr, offset_ptr, map_ptr, block, inside)

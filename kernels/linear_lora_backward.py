@@ -30,10 +30,11 @@ def lora_grad_y_kernel(
     PRECISION: tl.constexpr,
 ):
     """Partial sums of grad_y B and of grad_y^T s."""
-    pid_n = tl.program_id(0).to(tl.int64)
+    # Tiles of the rank run next to each other, so that grad_y comes from memory once for all.
+    pid_n = tl.program_id(1).to(tl.int64)
     part = tl.program_id(2).to(tl.int64)
     n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside_n, inside_r = n < N, r < R
     b_offset = n[:, None] * R + r[None, :]
     inside_b = inside_n[:, None] & inside_r[None, :]

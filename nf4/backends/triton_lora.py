@@ -120,7 +120,7 @@ def lora_grad_y(
     tile_r = tuning.lora_tile(r)
     launch(
         kernel("linear_lora_backward", "lora_grad_y_kernel"),
-        (tiles, cdiv(r, tile_r), config.split),
+        (cdiv(r, tile_r), tiles, config.split),
         {
             "g_ptr": grad_y,
             "s_ptr": s,

@@ -159,7 +159,7 @@ def fused_linear(
     r = 1 if s is None else s.shape[1]
     launch(
         kernel("linear", "linear_kernel"),
-        (cdiv(w.n, config.block_n), cdiv(m, config.block_m), split),
+        (cdiv(m, config.block_m), cdiv(w.n, config.block_n), split),
         {
             "x_ptr": x,
             **w.pointers(),
@@ -179,6 +179,7 @@ def fused_linear(
             "BLOCK_R": tuning.up_tile(r),
             "SPLIT": split,
             "PERMUTE": config.permute,
+            "TWICE": tuning.twice(config, x.dtype.itemsize, target_of(device)),
             **arithmetic,
             **decoder(w.format, code_dtype),
         },

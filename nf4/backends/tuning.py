@@ -100,24 +100,34 @@ def tensor_cores(itemsize: int, target: Target) -> bool:
 def _split(programs: int, steps: int, partial_bytes: int, weight_bytes: int, sm_count: int) -> int:
     """Parts of the reduction: a power of two.
 
-    Up to four programs an SM, so that enough loads are in flight; at least four steps a part, so
-    that the pipeline fills; and no more bytes of partial sums, written and read once, than bytes
-    of weights.
+    At least four steps a part, so that the pipeline fills, and no more bytes of partial sums,
+    written and read once, than bytes of weights. Within that, the fewest steps on the busiest SM
+    (112 tiles of 64 steps on 132 SMs: 64 in 4 parts, 56 in 8), and four programs an SM where that
+    costs none, so that enough loads are in flight.
     """
-    by_device = 4 * sm_count // programs
+    by_device = 8 * sm_count // programs
     by_steps = steps // 4
     by_bytes = weight_bytes // (2 * partial_bytes)
-    return _floor_pow2(min(by_device, by_steps, by_bytes, 64))
+    most = _floor_pow2(min(by_device, by_steps, by_bytes, 64))
+
+    def cost(split: int) -> tuple[int, bool, int]:
+        busiest = -(-programs * split // sm_count) * -(-steps // split)
+        return busiest, programs * split > 4 * sm_count, -split
+
+    return min((1 << i for i in range(most.bit_length())), key=cost)
 
 
 # (largest m, block_m, block_n, warps). Weights are decoded once a tile of block_m tokens, so that
-# tiles are as tall as registers allow: with 64 tokens and 4 warps sm_80 and sm_86 spill.
+# tiles are as tall as registers allow.
 _LINEAR = (
     (8, 8, 128, 4),
     (16, 16, 128, 4),
     (32, 32, 128, 4),
-    (None, 64, 128, 8),
+    (None, 64, 128, 4),
 )
+# Where the accumulators of mma.sync would leave no registers: 8.9 instructions a weight for 128
+# tokens, for 5.8 to 6.0 twice.
+_LINEAR_WIDE = (128, 128, 8)
 # Fused, a weight costs about 7 instructions for each tile of 64 tokens and 0.52 bytes; through a
 # workspace 4.6 bytes more and none. By the rates of H200 and A100 the two meet between 256 and 512
 # tokens (counted, not timed).
@@ -144,6 +154,8 @@ def linear(shape: Shape, target: Target) -> MatmulConfig | None:
         if shape.m > _LINEAR_FUSED_ROWS:
             return None
         _, block_m, block_n, warps = next(c for c in _LINEAR if c[0] is None or shape.m <= c[0])
+        if shape.m > 64 and target.capability in (90, 100):
+            block_m, block_n, warps = _LINEAR_WIDE
         block_k, stages = min(shape.block_size, 64), 4
     elif shape.m <= _PLAIN_FUSED_ROWS:
         block_m, block_n, block_k, warps, stages = 8, 32, 32, 4, 2
@@ -153,9 +165,17 @@ def linear(shape: Shape, target: Target) -> MatmulConfig | None:
     partial_bytes = 4 * shape.m * shape.n
     split = _split(programs, shape.k // block_k, partial_bytes, weight_bytes, target.sm_count)
     # Only wgmma takes weights from registers in an order that a permuted reduction makes wide:
-    # 5.7 for 6.6 instructions a weight on sm_90, but 6.6 for 5.2 on sm_80 (static counts).
+    # 5.9 for 6.4 instructions a weight on sm_90 with 64 tokens (static counts).
     permute = target.capability == 90 and tensor_cores(shape.itemsize, target)
     return MatmulConfig(block_m, block_n, block_k, warps, stages, split, permute)
+
+
+def twice(config: MatmulConfig, itemsize: int, target: Target) -> bool:
+    """Whether ``linear`` multiplies a tile of weights with its tokens in two halves: where it has
+    64 and mma.sync (not wgmma or tcgen05) would lay warps in a square.
+    """
+    square = tensor_cores(itemsize, target) and target.capability not in (90, 100)
+    return square and config.block_m == 64
 
 
 def linear_backward(shape: Shape, target: Target) -> MatmulConfig | None:
@@ -206,16 +226,19 @@ def dense(
     if dropout and n % 4:
         # Every element then computes its own random words; 128 x 128 of them spill on sm_86.
         return MatmulConfig(64, 64, 32, num_warps=4, num_stages=3)
-    if target.capability in (90, 100) and (dropout or k % 64 or _spills_wide_accumulators()):
-        # With 256 columns the random words, or the masks of a ragged reduction, spill on sm_90.
-        return MatmulConfig(128, 128, 64, num_warps=8, num_stages=3)
+    # 128 accumulators a thread. Beside them random words spill on sm_80 and sm_90, and masks of a
+    # ragged reduction on sm_90.
+    wide = k % 64 == 0 and (not dropout or target.capability == 100)
     if target.capability in (90, 100):
-        # 128 accumulators a thread beside 3 stages of 48 KiB; the widest instruction, n = 256.
-        return MatmulConfig(128, 256, 64, num_warps=8, num_stages=3)
-    # 99 KiB of shared memory on sm_86, sm_89 and sm_120: 3 stages of 16 KiB, two programs an SM.
-    # On sm_120 the third stage's addresses spill where 128 registers hold the rest.
-    stages = 2 if target.capability == 120 and not dropout else 3
-    return MatmulConfig(128, 128, 32, num_warps=8, num_stages=stages)
+        # Two steps of 128 x 256 in flight, or four of half their products, outlast a load from
+        # memory. 256 columns are the widest instruction.
+        if wide and not _spills_wide_accumulators():
+            return MatmulConfig(128, 256, 64, num_warps=8, num_stages=3)
+        return MatmulConfig(128, 128, 64, num_warps=8, num_stages=5)
+    if target.capability == 80 and wide:
+        return MatmulConfig(128, 256, 32, num_warps=8, num_stages=4)
+    # 99 KiB of shared memory on sm_86, sm_89 and sm_120 hold two programs of 48 KiB.
+    return MatmulConfig(128, 128, 32, num_warps=8, num_stages=4)
 
 
 @cache
