@@ -154,6 +154,29 @@ def test_finetune_killed_at_random_moments_loses_only_steps_since_a_checkpoint(
     assert steps == list(range(1, 41))
 
 
+@pytest.mark.check
+def test_dynamic8_trains_generates_and_merges(folder: Path, tmp_path: Path) -> None:
+    base = ("--model", folder / "base")
+    words = ("--data", folder / "pairs.jsonl", "--output", tmp_path / "run")
+    eight = ("--format", "dynamic8")
+    run("finetune", *base, *words, *eight, "--max_steps", 20, "--learning_rate", 0.01)
+    adapted = ("--adapter", tmp_path / "run", *eight)
+    prompt = ("--prompt", "say 3", "--instruction", "--max-new-tokens", 4, "--json")
+    on_load = run("generate", *base, *adapted, *prompt)
+    run("quantize", *base, *eight, "--output", tmp_path / "q8")
+    assert run("generate", "--model", tmp_path / "q8", *adapted, *prompt) == on_load
+    data = ("--data", folder / "pairs.jsonl", "--max-windows", 4, "--max-length", 64, "--json")
+    rows = json.loads(run("eval", *base, *adapted, *data))
+    learned = rows[-2]["loss"] - rows[-1]["loss"]
+    assert learned > 0.05
+    for into in ("16bit", "nf4"):  # "nf4" keeps the format of the layers
+        run("merge", *base, *adapted, "--output", tmp_path / into, "--into", into)
+        merged = json.loads(run("eval", "--model", tmp_path / into, *eight, *data))[0]
+        assert abs(merged["loss"] - rows[-1]["loss"]) < 0.25 * learned, into
+    settings = json.loads((tmp_path / "nf4/config.json").read_text())["quantization_config"]
+    assert "dynamic8" in json.dumps(settings)
+
+
 def test_chat_prompts_hold_the_bos_token_once(folder: Path) -> None:
     """A template writes it, and so would a tokenizer that adds special tokens."""
     from nf4.cli import generate
