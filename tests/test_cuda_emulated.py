@@ -121,6 +121,12 @@ PLANTS = [
     ("WRONG_PHASE", "asan", "hopper", MBARRIER_WAIT),
     ("WRONG_PHASE", "race", "hopper", MBARRIER_WAIT),
     ("WRONG_PHASE", "race", "dense", MBARRIER_WAIT),
+    # Who reads s without waiting for the CTAs that compute it.
+    ("MISSING_TASK_WAIT", "race", "lora", r"global memory: race"),
+    # The barrier between landing and reading in the pass over grad_y and x.
+    ("MISSING_PASS_BARRIER", "race", "pass", r"race|reads bytes that"),
+    ("MISSING_PASS_WAIT", "asan", "pass", r"use-after-poison"),
+    ("MISSING_PASS_WAIT", "race", "pass", r"an asynchronous copy is still writing"),
 ]
 # The test that meets a plant: its file and how to select it.
 PLANTED_TESTS = {
@@ -128,6 +134,8 @@ PLANTED_TESTS = {
     "linear": ("linear", "test_two_runs_are_equal and cuda and bfloat16"),
     "hopper": ("cuda_tiles", "140x33x640 and bfloat16"),
     "dense": ("cuda_tiles", "90x150x520 and bfloat16"),
+    "lora": ("cuda_tiles", "test_cuda_linear_lora and 3x136x320"),
+    "pass": ("cuda_tiles", "test_cuda_linear_lora and 40x264x192"),
 }
 
 

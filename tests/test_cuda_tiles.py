@@ -90,6 +90,10 @@ LORAS = [
     Lora(Matmul((130,), 64, 576, nested=True), BF16, 64, F32, 0.05),
     Lora(Matmul((150,), 40, 80, format="dynamic8", bias=True), F16, 17, F32, 0.1),
     Lora(Matmul((515,), 135, 128, nested=True), BF16, 40, BF16, 0.0),
+    # The pass over grad_y and x: several column blocks and runs of tokens, two groups of ranks, a
+    # ragged end of each; n % 8 != 0 takes float32 for grad_y and tensor cores for x.
+    Lora(Matmul((300,), 520, 320), BF16, 33, F32, 0.1),
+    Lora(Matmul((129,), 36, 264, block_size=32), F16, 5, None, 0.3),
 ]
 
 

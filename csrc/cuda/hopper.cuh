@@ -87,6 +87,14 @@ __device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, uint32_t parity
 #endif
 }
 
+// fence.proxy.async: what this thread wrote to global memory, or has seen of others' writes, before
+// what asynchronous copies read from now on.
+__device__ __forceinline__ void fence_async_global() {
+#if !defined(NF4_EMULATE)
+  asm volatile("fence.proxy.async.global;\n" ::: "memory");
+#endif
+}
+
 // cp.async.bulk.tensor: one thread starts the copy of the map's box at these coordinates (innermost
 // first) into shared memory; elements outside the tensor become zero. The bytes of the whole box
 // count towards the barrier's phase, whose end makes them visible to those who wait for it.

@@ -134,8 +134,10 @@ __device__ __forceinline__ void up_fragments(uint32_t (&high)[4], uint32_t (&low
 
 // One thread loads every step of this CTA's tiles, as soon as the consumers have left a stage.
 template <typename S>
-__device__ __forceinline__ void produce(const HopperArguments& p, unsigned char* tokens,
-                                        unsigned char* weights, Mbarrier* full, Mbarrier* empty) {
+__device__ __forceinline__ void produce(const HopperArguments& p, const DownWork& work,
+                                        unsigned char* tokens, unsigned char* weights,
+                                        Mbarrier* full, Mbarrier* empty) {
+  bool has_left = work.tasks == 0;
   const int64_t count = p.schedule.count(blockIdx.x);
   Cursor at(p.schedule, blockIdx.x);
   Ring<S::kStages> ring;
@@ -157,12 +159,32 @@ __device__ __forceinline__ void produce(const HopperArguments& p, unsigned char*
       }
       tma_load(tokens_to, p.token_map, barrier, k, token);
     } else {
+      if (!has_left) {
+        wait_for(work.counters + 1, work.tasks);
+        fence_async_global();
+        has_left = true;
+      }
       mbarrier_arrive_expect(barrier, S::kTokenStage);
       tma_load(tokens_to, p.left_map, barrier, (at.step - p.k_steps) * kHopperStep, token);
     }
     at.advance();
     ring.advance();
   }
+}
+
+// LoRA's down-projection before the tiles: s, and of the own weight also its two parts.
+template <typename T, typename S>
+__device__ __forceinline__ void down_before(const HopperArguments& p, const DownWork& work,
+                                            float* scratch, int* ticket) {
+  const auto store = [&](const Down& d, int64_t token, int rank, float value) {
+    if (rank < d.r) d.out[token * d.r + rank] = value;
+    if (&d != work.members) return;
+    auto* to = reinterpret_cast<T*>(p.left) + token * 2 * p.padded + rank / 16 * 32 + rank % 16;
+    const float scaled = value * p.left_scaling;
+    to[0] = from_float<T>(scaled);
+    to[16] = from_float<T>(scaled - to_float(to[0]));
+  };
+  down_phase<T, S::kDownTiles>(work, scratch, ticket, store, [] { fence_async_global(); });
 }
 
 // Adds the bias, rounds and stores the fragments of one tile.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "hopper.cuh"
+#include "lora_down.cuh"
 #include "matmul.cuh"
 #include "schedule.cuh"
 #include "vector.cuh"
@@ -25,8 +26,12 @@ struct HopperTile {
   static_assert(kConsumers * kConsumerRegisters + 128 * kProducerRegisters <= 65536);
   static constexpr int kTokenStage = kTokens * 2 * kHopperStep;
   static constexpr int kWeightStage = kHopperRows * kHopperStep * (kDense ? 4 : 1) / 2;
-  static constexpr int kTable = kDense ? 0 : 256 * 16 * 8;
-  static constexpr int kMap = kDense ? 0 : 256 * 4;
+  // Of the dense way only LoRA's down-projection uses these, before the tiles: it may then work on
+  // 64 tokens at a time, for which it reads the adapter least often.
+  static constexpr int kDownTiles = kDense ? 8 : 2;
+  static constexpr int kTable = kDense ? kDownScratch<kDownTiles> * 4 : 256 * 16 * 8;
+  static constexpr int kMap = kDense ? 16 : 256 * 4;
+  static_assert(kDownScratch<kDownTiles> * 4 <= kTable);
   static constexpr int kShared =
       kStages * (kTokenStage + kWeightStage) + kTable + kMap + 2 * kStages * 8;
   static_assert(kShared <= 227 * 1024);
@@ -44,6 +49,9 @@ struct HopperArguments {
   void* y;
   float* partial;
   const void* right;  // b [n, r]
+  uint16_t* left;     // the parts of s, for the down-projection of this launch to write
+  int padded;         // their ranks
+  float left_scaling;
   int64_t m, n, k;
   Schedule schedule;
   int64_t row_tiles, token_tiles;

@@ -9,7 +9,8 @@
 //   codes: in float32 and rounded once, which gives exactly the weights that dequantize writes.
 // - dense: 16-bit weights that dequantize wrote to workspace. For so many tokens that a launch over
 //   the weight pays, and for every format, block size and k that the fused way does not take.
-// LoRA's up-projection is a few more steps of K at the end of a tile: s as two 16-bit parts by TMA,
+// LoRA's down-projection comes before the tiles, as tasks of whichever CTA is free (lora_down.cuh).
+// The up-projection is a few more steps of K at the end of a tile: s as two 16-bit parts by TMA,
 // b as two parts in registers, and of their four products the three that matter.
 #include "hopper_loop.cuh"
 #include "shared.cuh"
@@ -20,7 +21,8 @@ namespace {
 
 template <typename T, typename S>
 __global__ void __launch_bounds__(S::kThreads, 1)
-    hopper_tile_kernel(const __grid_constant__ HopperArguments p) {
+    hopper_tile_kernel(const __grid_constant__ HopperArguments p,
+                       const __grid_constant__ DownWork work) {
 #if defined(NF4_HOPPER_CODE)
   Carve carve;
   unsigned char* tokens = carve.take<unsigned char>(S::kStages * S::kTokenStage, 1024);
@@ -37,6 +39,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     }
     mbarrier_init_done();
   }
+  down_before<T, S>(p, work, table, reinterpret_cast<int*>(map));
   if constexpr (!S::kDense) {
     for (int i = threadIdx.x; i < S::kTable / 16; i += S::kThreads) {
       const int byte = i / 8;
@@ -54,7 +57,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     consume<T, S>(p, in);
   } else {
     give_registers<S::kProducerRegisters>();
-    if (threadIdx.x == S::kConsumers) produce<S>(p, tokens, weights, full, empty);
+    if (threadIdx.x == S::kConsumers) produce<S>(p, work, tokens, weights, full, empty);
   }
 #endif
 }
@@ -87,11 +90,11 @@ __global__ void __launch_bounds__(256)
   split2<T>(value(2 * pair), value(2 * pair + 1), to[0], to[8]);
 }
 
-// Workspace: weights (rows padded to 16), the parts of s, partial results.
+// Workspace: counters, weights (rows padded to 16), the parts of s, partial results.
 struct Workspace {
-  size_t weights, left, partial;
+  size_t counters, weights, left, partial;
 
-  size_t total() const { return weights + left + partial; }
+  size_t total() const { return counters + weights + left + partial; }
 };
 
 template <typename S>
@@ -107,7 +110,7 @@ Workspace workspace_of(const Matmul& p) {
   const auto rounded = [](int64_t bytes) { return static_cast<size_t>((bytes + 255) / 256 * 256); };
   const Schedule s = hopper_schedule<S>(p);
   const int64_t rows = (p.weight.n + 15) / 16 * 16;
-  return {S::kDense ? rounded(rows * p.weight.k * 2) : 0,
+  return {kCounterBytes, S::kDense ? rounded(rows * p.weight.k * 2) : 0,
           up_steps(p.up) == 0 ? 0 : rounded(p.m * padded_ranks(p.up) * 4),
           s.whole_tiles ? 0 : 2 * s.ctas * sizeof(float) * S::Fragments::kPartial};
 }
@@ -169,8 +172,9 @@ int hopper_forward(const Matmul& p, void* workspace, cudaStream_t stream) {
     using S = decltype(tile);
     const nf4_weight& w = p.weight;
     const Workspace parts = workspace_of<S>(p);
-    auto* base = static_cast<unsigned char*>(workspace);
+    auto* base = static_cast<unsigned char*>(workspace) + parts.counters;
     void* left = parts.left == 0 ? nullptr : base + parts.weights;
+    const DownWork work = down_work(p, S::kDownTiles, workspace);
     HopperArguments a = {};
     int status = encode_maps<S>(p, base, left, &a);
     if (status != 0) return status;
@@ -186,17 +190,20 @@ int hopper_forward(const Matmul& p, void* workspace, cudaStream_t stream) {
     a.k_steps = static_cast<int>((w.k + kHopperStep - 1) / kHopperStep);
     a.r = p.up.r, a.right_dtype = p.up.right_dtype;
     a.log2_block = log2_of(w.block_size), a.format = w.format;
+    a.left = static_cast<uint16_t*>(left);
+    a.padded = padded_ranks(p.up);
+    a.left_scaling = p.up.scaling;
 
     if (S::kDense) status = nf4_cuda_dequantize(&w, w.n * w.k, base, p.dtype, stream);
-    if (status == 0 && left != nullptr) {
-      const int padded = padded_ranks(p.up);
-      const auto blocks = static_cast<unsigned>((p.m * padded / 2 + 255) / 256);
+    if (status == 0) status = clear_counters(work, stream);
+    if (status == 0 && left != nullptr && work.tasks == 0) {
+      const auto blocks = static_cast<unsigned>((p.m * a.padded / 2 + 255) / 256);
       status = launch(hopper_split_kernel<T>, dim3(blocks), dim3(256), 0, stream, p.up.left,
-                      static_cast<uint32_t*>(left), p.m, p.up.r, padded, p.up.scaling);
+                      static_cast<uint32_t*>(left), p.m, p.up.r, a.padded, p.up.scaling);
     }
     if (status != 0) return status;
     status = launch(hopper_tile_kernel<T, S>, dim3(a.schedule.ctas), dim3(S::kThreads), S::kShared,
-                    stream, a);
+                    stream, a, work);
     if (status != 0 || a.schedule.whole_tiles) return status;
     return launch(hopper_sum_kernel<T, S>, dim3(static_cast<unsigned>(a.schedule.tiles)),
                   dim3(S::kConsumers), 0, stream, a);

@@ -37,6 +37,17 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_b
 #endif
 }
 
+// Zeroes device memory in stream order.
+inline int clear(void* p, size_t bytes, cudaStream_t stream) {
+#if defined(NF4_EMULATE)
+  static_cast<void>(stream);
+  emulation::clear(p, bytes);
+  return cudaSuccess;
+#else
+  return cudaMemsetAsync(p, 0, bytes, stream);
+#endif
+}
+
 struct Device {
   int multiprocessors;
   int compute_capability;  // 10 * major + minor

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "launch.cuh"
+#include "lora_down.cuh"
 #include "matmul.cuh"
 #include "vector.cuh"
 
@@ -16,13 +17,32 @@ size_t forward_workspace(const Matmul& p) {
   const size_t tile = tile_forward_takes(p) ? tile_forward_workspace(p) : 0;
   return hopper > tile ? hopper : tile;
 }
-int forward(const Matmul& p, void* workspace, cudaStream_t stream) {
-  if (p.m == 0 || p.weight.n == 0) return 0;
-  if (hopper_forward_takes(p)) {
-    const int status = hopper_forward(p, workspace, stream);
-    if (status != cudaErrorNotSupported) return status;
+// Computes the down-projections beforehand if the launch of the matmul cannot.
+int downs_before(Matmul* p, bool in_launch, cudaStream_t stream) {
+  for (int i = 0; i < p->down_count; ++i) {
+    in_launch = in_launch && down_takes(p->downs[i], p->dtype, p->m);
   }
-  return tile_forward_takes(p) ? tile_forward(p, workspace, stream) : general_forward(p, stream);
+  if (in_launch) return 0;
+  for (int i = 0; i < p->down_count; ++i) {
+    const int status = general_down(p->downs[i], p->dtype, p->m, stream);
+    if (status != 0) return status;
+  }
+  p->down_count = 0;
+  return 0;
+}
+
+int forward(Matmul p, void* workspace, cudaStream_t stream) {
+  if (p.m == 0) return 0;
+  const bool hopper = hopper_forward_takes(p), tile = tile_forward_takes(p);
+  int status = downs_before(&p, p.weight.n > 0 && (hopper || tile), stream);
+  if (status != 0 || p.weight.n == 0) return status;
+  if (hopper) {
+    status = hopper_forward(p, workspace, stream);
+    if (status != cudaErrorNotSupported) return status;
+    status = downs_before(&p, tile, stream);
+    if (status != 0) return status;
+  }
+  return tile ? tile_forward(p, workspace, stream) : general_forward(p, stream);
 }
 size_t backward_workspace(const Matmul& p) {
   return tile_backward_takes(p) ? tile_backward_workspace(p) : 0;
@@ -46,7 +66,7 @@ Matmul member_matmul(const void* x, const nf4_member& member, int64_t m, int dty
               static_cast<int>(lora.r),
               static_cast<float>(lora.scaling),
               dropout_of(0.0, nullptr)};
-  return {x, member.weight, member.bias, member.y, m, dtype, up};
+  return {x, member.weight, member.bias, member.y, m, dtype, up, nullptr, 0};
 }
 
 Group group_of(const void* x, const nf4_member* members, int count, int64_t m, int dtype) {
@@ -59,6 +79,7 @@ Group group_of(const void* x, const nf4_member* members, int count, int64_t m, i
                   members[i].s,
                   members[i].weight.k,
                   static_cast<int>(lora.r),
+                  lora.dtype,
                   1.0f,
                   dropout_of(lora.dropout_p, lora.seed)};
   }
@@ -73,27 +94,32 @@ bool in_one_launch(const Matmul* matmuls, int count) {
 
 bool valid(const nf4_weight& w) { return valid_layout(w.block_size, w.format); }
 
-// da and db; `ds` carries the scaling already.
-Outer gradient_a(const void* x, const float* ds, const nf4_weight& w, const nf4_lora& lora,
-                 void* da, int64_t m, int dtype) {
-  const auto r = static_cast<int>(lora.r);
-  return {
-      x, dtype, ds, da, lora.dtype, false, m, w.k, r, 1.0f, dropout_of(lora.dropout_p, lora.seed)};
+// What backward wants of grad_y [m, n], ds and db, and of x [m, k], da; `ds` carries the scaling.
+Pass pass_of_grad_y(const void* grad_y, const float* s, const nf4_weight& w, const nf4_lora& lora,
+                    float* ds, void* db, int64_t m, int dtype) {
+  Pass p = {};
+  p.in = grad_y, p.in_dtype = dtype;
+  p.m = m, p.c = w.n, p.r = static_cast<int>(lora.r);
+  p.right = lora.b, p.right_dtype = lora.dtype, p.down_out = ds;
+  p.left = s, p.outer_out = db, p.outer_dtype = lora.dtype, p.outer_transposed = true;
+  p.down_scaling = p.outer_scaling = static_cast<float>(lora.scaling);
+  return p;
 }
-Outer gradient_b(const void* grad_y, const float* s, const nf4_weight& w, const nf4_lora& lora,
-                 void* db, int64_t m, int dtype) {
-  const auto r = static_cast<int>(lora.r);
-  return {grad_y,
-          dtype,
-          s,
-          db,
-          lora.dtype,
-          true,
-          m,
-          w.n,
-          r,
-          static_cast<float>(lora.scaling),
-          dropout_of(0.0, nullptr)};
+Pass pass_of_x(const void* x, const float* ds, const nf4_weight& w, const nf4_lora& lora, void* da,
+               int64_t m, int dtype) {
+  Pass p = {};
+  p.in = x, p.in_dtype = dtype;
+  p.m = m, p.c = w.k, p.r = static_cast<int>(lora.r);
+  p.left = ds, p.outer_out = da, p.outer_dtype = lora.dtype;
+  p.outer_scaling = 1.0f;
+  p.dropout = dropout_of(lora.dropout_p, lora.seed);
+  return p;
+}
+size_t pass_workspace(const Pass& p) {
+  return std::max(pass_takes(p) ? tile_pass_workspace(p) : 0, general_pass_workspace(p));
+}
+int pass(const Pass& p, void* workspace, cudaStream_t stream) {
+  return pass_takes(p) ? tile_pass(p, workspace, stream) : general_pass(p, workspace, stream);
 }
 
 }  // namespace
@@ -102,32 +128,32 @@ Outer gradient_b(const void* grad_y, const float* s, const nf4_weight& w, const 
 using namespace nf4::cuda;
 
 extern "C" size_t nf4_cuda_linear_workspace(const nf4_weight* weight, int64_t m, int dtype) {
-  return forward_workspace({nullptr, *weight, nullptr, nullptr, m, dtype, {}});
+  return forward_workspace({nullptr, *weight, nullptr, nullptr, m, dtype, {}, nullptr, 0});
 }
 
 extern "C" int nf4_cuda_linear(const void* x, const nf4_weight* weight, const void* bias, void* y,
                                int64_t m, int dtype, void* workspace, cudaStream_t stream) {
   if (!valid(*weight)) return cudaErrorInvalidValue;
-  return forward({x, *weight, bias, y, m, dtype, {}}, workspace, stream);
+  return forward({x, *weight, bias, y, m, dtype, {}, nullptr, 0}, workspace, stream);
 }
 
 extern "C" size_t nf4_cuda_linear_backward_workspace(const nf4_weight* weight, int64_t m,
                                                      int dtype) {
-  return backward_workspace({nullptr, *weight, nullptr, nullptr, m, dtype, {}});
+  return backward_workspace({nullptr, *weight, nullptr, nullptr, m, dtype, {}, nullptr, 0});
 }
 
 extern "C" int nf4_cuda_linear_backward(const void* grad_y, const nf4_weight* weight, void* dx,
                                         int64_t m, int dtype, void* workspace,
                                         cudaStream_t stream) {
   if (!valid(*weight)) return cudaErrorInvalidValue;
-  return backward({grad_y, *weight, nullptr, dx, m, dtype, {}}, workspace, stream);
+  return backward({grad_y, *weight, nullptr, dx, m, dtype, {}, nullptr, 0}, workspace, stream);
 }
 
 extern "C" size_t nf4_cuda_linear_lora_workspace(const nf4_weight* weight, const nf4_lora* lora,
                                                  int64_t m, int dtype) {
   Up up = {};
   up.r = static_cast<int>(lora->r);
-  return forward_workspace({nullptr, *weight, nullptr, nullptr, m, dtype, up});
+  return forward_workspace({nullptr, *weight, nullptr, nullptr, m, dtype, up, nullptr, 0});
 }
 
 extern "C" int nf4_cuda_linear_lora(const void* x, const nf4_weight* weight, const void* bias,
@@ -135,9 +161,9 @@ extern "C" int nf4_cuda_linear_lora(const void* x, const nf4_weight* weight, con
                                     void* workspace, cudaStream_t stream) {
   if (!valid(*weight)) return cudaErrorInvalidValue;
   const nf4_member member{*weight, bias, *lora, y, s};
-  const Group g = group_of(x, &member, 1, m, dtype);
-  const int status = lora_down(g.downs, 1, {dtype, lora->dtype, false, m}, stream);
-  return status != 0 ? status : forward(g.matmuls[0], workspace, stream);
+  Group g = group_of(x, &member, 1, m, dtype);
+  g.matmuls[0].downs = g.downs, g.matmuls[0].down_count = 1;
+  return forward(g.matmuls[0], workspace, stream);
 }
 
 extern "C" size_t nf4_cuda_linear_lora_group_workspace(const nf4_member* members, int count,
@@ -165,10 +191,12 @@ extern "C" int nf4_cuda_linear_lora_group(const void* x, const nf4_member* membe
   int status = 0;
   for (int start = 0; start < count && status == 0; start += kMaxMembers) {
     const int here = count - start < kMaxMembers ? count - start : kMaxMembers;
-    const Group g = group_of(x, members + start, here, m, dtype);
-    status = lora_down(g.downs, here, {dtype, members[0].lora.dtype, false, m}, stream);
-    if (status == 0 && in_one_launch(g.matmuls, here)) {
-      status = group_forward(g.matmuls, here, workspace, stream);
+    Group g = group_of(x, members + start, here, m, dtype);
+    // The first launch computes all down-projections, so x is read once for them.
+    g.matmuls[0].downs = g.downs, g.matmuls[0].down_count = here;
+    if (in_one_launch(g.matmuls, here)) {
+      status = downs_before(&g.matmuls[0], true, stream);
+      if (status == 0) status = group_forward(g.matmuls, here, workspace, stream);
       continue;
     }
     for (int i = 0; i < here && status == 0; ++i) {
@@ -178,16 +206,19 @@ extern "C" int nf4_cuda_linear_lora_group(const void* x, const nf4_member* membe
   return status;
 }
 
-// [ds | what the larger of the three kernels needs]
+// [ds | what the largest of the three steps needs]
 extern "C" size_t nf4_cuda_linear_lora_backward_workspace(const nf4_weight* weight,
                                                           const nf4_lora* lora, int64_t m,
                                                           int dtype) {
-  size_t rest = nf4_cuda_linear_backward_workspace(weight, m, dtype);
-  for (const Outer& outer : {gradient_a(nullptr, nullptr, *weight, *lora, nullptr, m, dtype),
-                             gradient_b(nullptr, nullptr, *weight, *lora, nullptr, m, dtype)}) {
-    const size_t bytes = lora_outer_workspace(outer);
-    rest = bytes > rest ? bytes : rest;
-  }
+  // Not null: outputs that may be wanted.
+  static float wanted;
+  const Pass passes[] = {
+      pass_of_grad_y(nullptr, nullptr, *weight, *lora, &wanted, &wanted, m, dtype),
+      pass_of_x(nullptr, nullptr, *weight, *lora, &wanted, m, dtype)};
+  Up up = {};
+  up.r = static_cast<int>(lora->r);
+  size_t rest = backward_workspace({nullptr, *weight, nullptr, nullptr, m, dtype, up, nullptr, 0});
+  for (const Pass& p : passes) rest = std::max(rest, pass_workspace(p));
   return rounded(m * lora->r * sizeof(float)) + rest;
 }
 
@@ -197,21 +228,20 @@ extern "C" int nf4_cuda_linear_lora_backward(const void* grad_y, const void* x, 
                                              void* workspace, cudaStream_t stream) {
   if (!valid(*weight)) return cudaErrorInvalidValue;
   if (dx == nullptr && da == nullptr) return 0;
-  const auto r = static_cast<int>(lora->r);
-  const auto scaling = static_cast<float>(lora->scaling);
   auto* ds = static_cast<float*>(workspace);
   void* rest = static_cast<unsigned char*>(workspace) + rounded(m * lora->r * sizeof(float));
-  const Down down{grad_y, lora->b, ds, weight->n, r, scaling, dropout_of(0.0, nullptr)};
-  int status = lora_down(&down, 1, {dtype, lora->dtype, true, m}, stream);
+  // One pass over grad_y for ds and db, one over x for da, each after what its inputs come from.
+  void* db_wanted = da != nullptr ? db : nullptr;
+  int status =
+      pass(pass_of_grad_y(grad_y, s, *weight, *lora, ds, db_wanted, m, dtype), rest, stream);
   if (status == 0 && dx != nullptr) {
-    const Up up{ds, lora->a, lora->dtype, r, 1.0f, dropout_of(lora->dropout_p, lora->seed)};
-    status = backward({grad_y, *weight, nullptr, dx, m, dtype, up}, rest, stream);
+    const Up up{ds,          lora->a,
+                lora->dtype, static_cast<int>(lora->r),
+                1.0f,        dropout_of(lora->dropout_p, lora->seed)};
+    status = backward({grad_y, *weight, nullptr, dx, m, dtype, up, nullptr, 0}, rest, stream);
   }
   if (status == 0 && da != nullptr) {
-    status = lora_outer(gradient_a(x, ds, *weight, *lora, da, m, dtype), rest, stream);
-    if (status == 0) {
-      status = lora_outer(gradient_b(grad_y, s, *weight, *lora, db, m, dtype), rest, stream);
-    }
+    status = pass(pass_of_x(x, ds, *weight, *lora, da, m, dtype), rest, stream);
   }
   return status;
 }

@@ -6,8 +6,10 @@ namespace {
 
 template <typename T, typename S>
 __global__ void __launch_bounds__(S::kThreads, S::kCtasPerSm)
-    linear_group_kernel(const __grid_constant__ GroupArguments g, int format) {
-  run_tiles<Forward<T, S>>(g, format);
+    linear_group_kernel(const __grid_constant__ GroupArguments g, int format,
+                        const __grid_constant__ DownWork work) {
+  run_tiles<Forward<T, S>>(
+      g, format, [&](float* scratch, int* ticket) { down_before<T, S>(work, scratch, ticket); });
 }
 
 template <typename T, typename S>
@@ -44,7 +46,8 @@ bool group_forward_takes(const Matmul* members, int count) {
 size_t group_forward_workspace(const Matmul* members, int count) {
   return with_forward_shape(members[0].m, members[0].dtype, [&](auto, auto shape) -> size_t {
     using S = decltype(shape);
-    return partial_bytes<S>(group_arguments<S>(members, count, nullptr).members[0].schedule);
+    return counter_bytes(members[0]) +
+           partial_bytes<S>(group_arguments<S>(members, count, nullptr).members[0].schedule);
   });
 }
 
@@ -52,9 +55,17 @@ int group_forward(const Matmul* members, int count, void* workspace, cudaStream_
   return with_forward_shape(members[0].m, members[0].dtype, [&](auto element, auto shape) -> int {
     using T = decltype(element);
     using S = decltype(shape);
-    const GroupArguments g = group_arguments<S>(members, count, workspace);
+    auto* partial = static_cast<unsigned char*>(workspace) + counter_bytes(members[0]);
+    const DownWork work = down_work(members[0], kDownTiles<S>, workspace);
+    GroupArguments g = group_arguments<S>(members, count, partial);
+    for (int i = 0; i < count; ++i) {
+      g.members[i].counters = work.counters;
+      g.members[i].tasks = work.tasks;
+    }
+    const int status = clear_counters(work, stream);
+    if (status != 0) return status;
     return launch_tiles<S>(linear_group_kernel<T, S>, linear_group_sum_kernel<T, S>, g,
-                           g.members[0].schedule, members[0].weight.format, stream);
+                           g.members[0].schedule, members[0].weight.format, stream, work);
   });
 }
 

@@ -8,6 +8,7 @@
 // multiply the float32 sum of each 64-element chunk, and so add no rounding to a weight.
 #pragma once
 
+#include "lora_down.cuh"
 #include "tile.cuh"
 #include "up.cuh"
 
@@ -295,6 +296,7 @@ struct Forward {
   static __device__ __forceinline__ void finish(Accumulators<S>& acc, const TileArguments& p,
                                                 const Place<S>& place) {
     if (p.up.left == nullptr) return;
+    if (p.tasks != 0) wait_for_tasks(p.counters, p.tasks);
     add_up<T, false>(
         acc, p.up, p.n, p.m, [&](int rt, int half) { return place.row(rt, half); },
         [&](int tt) { return place.token_base + tt * 8 + place.g; });
@@ -304,6 +306,23 @@ struct Forward {
     store_tile<T, S>(acc, p, place);
   }
 };
+
+// LoRA's down-projection before the tiles, in tasks of few tokens where few are all.
+template <typename S>
+constexpr int kDownTiles = S::kManyTokens ? 4 : 1;
+template <typename T, typename S>
+__device__ __forceinline__ void down_before(const DownWork& w, float* scratch, int* ticket) {
+  static_assert(kDownScratch<kDownTiles<S>> * 4 <= S::kTable && S::kThreads >= 32 * kDownWarps);
+  down_phase<T, kDownTiles<S>>(
+      w, scratch, ticket,
+      [](const Down& p, int64_t token, int rank, float value) {
+        if (rank < p.r) p.out[token * p.r + rank] = value;
+      },
+      [] {});
+}
+
+// Workspace: the counters of the down-projection, then partial sums.
+inline size_t counter_bytes(const Matmul& p) { return p.up.r > 0 ? kCounterBytes : 0; }
 
 // Calls `body(T(), ForwardShape())` for the kernel that takes m tokens.
 template <typename Body>

@@ -22,6 +22,17 @@ struct Up {
   Dropout dropout;
 };
 
+// A down-projection: out [m, r] = scaling * dropout(in) right^T, with in [m, c] and right [r, c].
+struct Down {
+  const void* in;
+  const void* right;
+  float* out;  // null: nothing to do
+  int64_t c;
+  int r, right_dtype;
+  float scaling;
+  Dropout dropout;
+};
+
 // out [m, columns] = in [m, reduced] times the weight: forward columns = n, backward columns = k.
 struct Matmul {
   const void* in;
@@ -31,6 +42,8 @@ struct Matmul {
   int64_t m;
   int dtype;
   Up up;
+  const Down* downs;  // what the same launch computes before it reads up.left: own, or of a group
+  int down_count;
 };
 
 // Tensor cores (linear_tile.cu, backward_tile.cu): 16-bit elements, 4-bit formats, k % 64 == 0.
@@ -57,40 +70,36 @@ int hopper_forward(const Matmul& p, void* workspace, cudaStream_t stream);
 int general_forward(const Matmul& p, cudaStream_t stream);
 int general_backward(const Matmul& p, cudaStream_t stream);
 
-// The narrow products of LoRA (lora.cu). `down`: out [m, r] = scaling * dropout(in) right, with
-// in [m, c] and right [r, c], or [c, r] when transposed. Several with the same m and dtypes go in
-// one launch.
-struct Down {
-  const void* in;
-  const void* right;
-  float* out;
-  int64_t c;
-  int r;
-  float scaling;
-  Dropout dropout;
-};
-struct DownLaunch {
-  int in_dtype, right_dtype;
-  bool right_transposed;
-  int64_t m;
-};
-int lora_down(const Down* members, int count, const DownLaunch& p, cudaStream_t stream);
-
-// `outer`: out = scaling * left^T dropout(in), with left [m, r] float and in [m, c]; stored [r, c],
-// or [c, r] when transposed. Partial sums over chunks of m are added in order by a second kernel.
-struct Outer {
+// The narrow products of LoRA.
+//
+// One pass over in [m, c]. down_out [m, r] = down_scaling * in right, with right [c, r]; and
+// outer_out = outer_scaling * left^T dropout(in), with left [m, r] float, stored [r, c] or, when
+// transposed, [c, r]. Either may be null. Partial sums are added in order by a second kernel.
+struct Pass {
   const void* in;
   int in_dtype;
-  const float* left;
-  void* out;
-  int out_dtype;
-  bool out_transposed;
   int64_t m, c;
   int r;
-  float scaling;
-  Dropout dropout;
+  const void* right;
+  int right_dtype;
+  float* down_out;
+  float down_scaling;
+  const float* left;
+  void* outer_out;
+  int outer_dtype;
+  bool outer_transposed;
+  float outer_scaling;
+  Dropout dropout;  // for the outer product
 };
-size_t lora_outer_workspace(const Outer& p);
-int lora_outer(const Outer& p, void* workspace, cudaStream_t stream);
+
+// On tensor cores (lora_pass.cu): 16-bit elements, c % 8 == 0.
+bool pass_takes(const Pass& p);
+size_t tile_pass_workspace(const Pass& p);
+int tile_pass(const Pass& p, void* workspace, cudaStream_t stream);
+
+// In float32 FMA (lora_general.cu), for every dtype and shape.
+int general_down(const Down& p, int in_dtype, int64_t m, cudaStream_t stream);
+size_t general_pass_workspace(const Pass& p);
+int general_pass(const Pass& p, void* workspace, cudaStream_t stream);
 
 }  // namespace nf4::cuda

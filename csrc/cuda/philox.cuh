@@ -40,8 +40,11 @@ __device__ __forceinline__ uint4 philox(int64_t seed, int64_t block) {
   return make_uint4(c0, c1, c2, c3);
 }
 
+__device__ __forceinline__ bool is_kept(const Dropout& d, uint32_t word) {
+  return word >= d.threshold && !d.drop_all;
+}
 __device__ __forceinline__ float multiplier(const Dropout& d, uint32_t word) {
-  return word >= d.threshold && !d.drop_all ? d.keep_scale : 0.0f;
+  return is_kept(d, word) ? d.keep_scale : 0.0f;
 }
 
 // Multipliers of elements [first, first + 4) where first is a multiple of 4; `seed` is the value

@@ -71,6 +71,43 @@ __device__ __forceinline__ void atomic_add(int64_t* counter, int64_t value) {
 #endif
 }
 
+// The value of a counter, which becomes one more; of several blocks each gets another.
+__device__ __forceinline__ int take_ticket(int* counter) {
+#if defined(NF4_EMULATE)
+  return emulation::take_ticket(counter);
+#else
+  return atomicAdd(counter, 1);
+#endif
+}
+
+// Adds one to a counter after everything that this thread, or another before a barrier, wrote: who
+// has seen the counter by wait_for sees that too.
+__device__ __forceinline__ void publish(int* counter) {
+#if defined(NF4_EMULATE)
+  emulation::publish(counter);
+#else
+  __threadfence();
+  atomicAdd(counter, 1);
+#endif
+}
+
+// ld.acquire until a counter is at least `value`.
+__device__ __forceinline__ void wait_for(const int* counter, int value, NF4_SITE) {
+#if defined(NF4_EMULATE)
+  emulation::wait_for(counter, value, file, line);
+#else
+  int seen;
+  while (true) {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n"
+                 : "=r"(seen)
+                 : "l"(__cvta_generic_to_global(counter))
+                 : "memory");
+    if (seen >= value) return;
+    __nanosleep(64);
+  }
+#endif
+}
+
 // cp.async: starts a copy of 16 bytes from global to shared memory, of which `valid` (0 to 16) are
 // read and the rest become zero. Both addresses are multiples of 16. The data is there after
 // cp_async_wait by the same thread, and for other threads after a barrier on top of that.

@@ -23,6 +23,8 @@ struct TileArguments {
   int64_t m, n, k;
   int log2_block;
   Up up;
+  int* counters;  // of the down-projection that the same launch computes; null: none
+  int tasks;
   Schedule schedule;
   int64_t row_tiles, token_tiles;
 };
@@ -112,8 +114,9 @@ struct RawScale {
 // The body of a tile kernel. Kernel::Loader starts the copies of one step after the other,
 // Kernel::TileScales gives the scales of each step of a tile; start, step and finish work on the
 // accumulators before, in and after the reduction, and store writes a tile that is complete.
-template <typename Kernel, typename Arguments>
-__device__ __forceinline__ void run_tiles(const Arguments& all, int format) {
+// `phase(scratch, ticket)` comes first of all, with the table's and the map's memory to use.
+template <typename Kernel, typename Arguments, typename Phase>
+__device__ __forceinline__ void run_tiles(const Arguments& all, int format, const Phase& phase) {
   using S = typename Kernel::S;
   const TileArguments& common = shared_part(all);
   Carve carve;
@@ -132,6 +135,7 @@ __device__ __forceinline__ void run_tiles(const Arguments& all, int format) {
     }
     cp_async_commit();
   }
+  phase(reinterpret_cast<float*>(table), reinterpret_cast<int*>(map));
   Kernel::fill_table(table, format);
   for (int i = threadIdx.x; i < 256; i += S::kThreads) map[i] = kCodes8[0][i];
 
@@ -204,13 +208,22 @@ TileArguments tile_arguments(const Matmul& p, int64_t rows, int64_t reduced, voi
   const int64_t token_tiles = (p.m + S::kTokens - 1) / S::kTokens;
   const Schedule schedule =
       make_schedule(row_tiles * token_tiles, (reduced + S::kStep - 1) / S::kStep, S::kCtasPerSm);
-  return {p.in,         w.packed,
-          scales_of(w), p.bias,
-          p.out,        static_cast<float*>(workspace),
-          p.m,          w.n,
-          w.k,          log2_of(w.block_size),
-          p.up,         schedule,
-          row_tiles,    token_tiles};
+  return {p.in,
+          w.packed,
+          scales_of(w),
+          p.bias,
+          p.out,
+          static_cast<float*>(workspace),
+          p.m,
+          w.n,
+          w.k,
+          log2_of(w.block_size),
+          p.up,
+          nullptr,
+          0,
+          schedule,
+          row_tiles,
+          token_tiles};
 }
 
 template <typename S>
@@ -218,12 +231,14 @@ size_t partial_bytes(const Schedule& s) {
   return s.whole_tiles ? 0 : 2 * s.ctas * sizeof(float) * S::kPartial;
 }
 
-template <typename S, typename Arguments>
-int launch_tiles(void (*tile_kernel)(Arguments, int), void (*sum_kernel)(Arguments),
-                 const Arguments& a, const Schedule& schedule, int format, cudaStream_t stream) {
+// `more`: what the tile kernel gets after its first two arguments.
+template <typename S, typename Arguments, typename... More>
+int launch_tiles(void (*tile_kernel)(Arguments, int, More...), void (*sum_kernel)(Arguments),
+                 const Arguments& a, const Schedule& schedule, int format, cudaStream_t stream,
+                 const More&... more) {
   const dim3 threads(S::kThreads);
   const int status =
-      launch(tile_kernel, dim3(schedule.ctas), threads, S::kShared, stream, a, format);
+      launch(tile_kernel, dim3(schedule.ctas), threads, S::kShared, stream, a, format, more...);
   if (status != 0 || schedule.whole_tiles) return status;
   return launch(sum_kernel, dim3(static_cast<unsigned>(schedule.tiles)), threads, 0, stream, a);
 }

@@ -72,10 +72,17 @@ def build(mode: str, plant: str | None = None, kernels: Sequence[Path] | None = 
     def digest(*parts: bytes) -> str:
         return hashlib.sha256(b"\0".join((shared, *parts))).hexdigest()[:20]
 
+    def with_headers(source: Path) -> str:
+        """The text of a file and of all headers that it includes, at any depth."""
+        text, left = source.read_text(), headers
+        while found := [path for path in left if f'"{path.name}"' in text]:
+            text += "".join(path.read_text() for path in found)
+            left = [path for path in left if path not in found]
+        return text
+
     def compile_one(source: Path) -> Path:
         own = runtime_flags if source in runtime else kernel_flags
-        text = source.read_text()
-        text += "".join(path.read_text() for path in headers if f'"{path.name}"' in text)
+        text = with_headers(source)
         if plant is not None and f"NF4_PLANT_{plant}" in text:
             own = (*own, f"-DNF4_PLANT_{plant}")
         name = digest(source.read_bytes(), " ".join((*COMMON, *own)).encode())

@@ -2,7 +2,8 @@
 //
 // Happens-before by vector clocks, joined at __syncthreads, __syncwarp and mbarriers (and by
 // nothing else: shuffles, mma and wgmma order no memory). Global memory is checked between blocks
-// of one launch, where nothing orders anything. Compiled without instrumentation; kernels call the
+// of one launch, where only publish and wait_for order anything. Compiled without instrumentation;
+// kernels call the
 // __tsan hooks below.
 #include <dlfcn.h>
 
@@ -31,6 +32,7 @@ size_t g_shared_used = 0;
 struct GlobalByte {
   int32_t write_launch, read_launch;
   int64_t writer, reader;  // block serials; reader -2: several
+  uint32_t published;      // how often the writer had published before
 };
 struct Buffer {
   size_t bytes;
@@ -38,6 +40,12 @@ struct Buffer {
   std::vector<GlobalByte> shadow;
 };
 std::map<uintptr_t, Buffer> g_buffers;
+std::map<long, uint32_t> g_published;  // of this launch's blocks
+
+bool block_ordered(const GlobalByte& b) {
+  const auto it = g_block->seen.find(b.writer);
+  return b.writer == g_block->serial || (it != g_block->seen.end() && it->second > b.published);
+}
 
 const char* place(const void* pc) {
   static char text[160];
@@ -105,7 +113,7 @@ void check_global(Buffer& buffer, size_t offset, size_t bytes, bool write, const
   }
   for (size_t i = offset; i < offset + bytes && buffer.writable; ++i) {
     GlobalByte& b = buffer.shadow[i];
-    if (b.write_launch == launch && b.writer != self) {
+    if (b.write_launch == launch && !block_ordered(b)) {
       return report("global memory: race: %s by block %u after a write by another block, at %s",
                     write ? "write" : "read", g_block->indices.block.x, place(pc));
     }
@@ -116,6 +124,7 @@ void check_global(Buffer& buffer, size_t offset, size_t bytes, bool write, const
       }
       b.write_launch = launch;
       b.writer = self;
+      b.published = g_block->published;
     } else {
       b.reader = b.read_launch == launch && b.reader != self ? -2 : self;
       b.read_launch = launch;
@@ -135,8 +144,12 @@ bool in_a_library(uintptr_t address) {
 }  // namespace
 
 void checker_begin_launch() {
+  g_published.clear();
   if (g_checking && g_shared.empty()) g_shared.resize(kArenaBytes);
 }
+
+void checker_publish() { g_published[g_block->serial] = ++g_block->published; }
+void checker_acquire() { g_block->seen = g_published; }
 
 void checker_begin_block() {
   if (!g_checking) return;

@@ -67,6 +67,23 @@ void mma_fp16(void* const (&payload)[32]) { mma(payload, false); }
 
 void atomic_add(int64_t* counter, int64_t value) { *counter += value; }
 
+int take_ticket(int* counter) { return (*counter)++; }
+
+void publish(int* counter) {
+  ++*counter;
+  checker_publish();
+}
+
+void wait_for(const int* counter, int value, const char* file, int line) {
+  if (*counter < value) {
+    report("%s:%d: block %u waits for %d blocks, %d have published", file, line,
+           g_block->indices.block.x, value, *counter);
+  }
+  checker_acquire();
+}
+
+void clear(void* p, size_t bytes) { std::memset(p, 0, bytes); }
+
 void check_shared_read(const void* address, size_t bytes, const char* what) {
   const auto* p = static_cast<const unsigned char*>(address);
   if (p < g_arena || p + bytes > g_arena + kArenaBytes) {

@@ -62,6 +62,13 @@ void cp_async_wait(int pending_groups);
 // Fibers of one thread: nothing comes between.
 void atomic_add(int64_t* counter, int64_t value);
 
+// Counters by which blocks order each other's global memory. Blocks run one after the other, so a
+// wait for one that has not run is a defect: with tickets none can happen.
+int take_ticket(int* counter);
+void publish(int* counter);
+void wait_for(const int* counter, int value, const char* file, int line);
+void clear(void* p, size_t bytes);
+
 void check_shared_read(const void* address, size_t bytes, const char* what);
 
 int run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);

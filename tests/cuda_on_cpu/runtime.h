@@ -1,6 +1,7 @@
 // Shared by the emulation's own files; kernels see only emulation.h.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -55,7 +56,10 @@ struct Block {
   size_t arena_used = 0;
   size_t requested = 0;
   size_t shared_limit = 0;
-  long serial = 0;  // of the block over all launches
+  long serial = 0;         // of the block over all launches
+  uint32_t published = 0;  // how often it did
+  std::map<long, uint32_t>
+      seen;  // of other blocks' serials: what they published before a wait here
   const std::function<void()>* kernel = nullptr;
   std::shared_ptr<AsyncState> async;
 };
@@ -82,6 +86,10 @@ Knowledge checker_release(Thread* thread);
 Knowledge checker_merge(const Knowledge& a, const Knowledge& b);
 bool checker_ordered(int other, uint32_t clock);
 extern bool g_checking;
+// The order of blocks' global memory by counters: all that a block wrote before it published is
+// known to a block that waits afterwards.
+void checker_publish();
+void checker_acquire();
 
 // hopper.cpp: lets one copy that is under way land; false where there is none. `random` picks.
 bool async_progress(Block& block, uint64_t random);

@@ -1,4 +1,5 @@
-// The narrow matmuls of LoRA: down-projections (s, ds) and adapter gradients (da, db), in float32.
+// The narrow matmuls of LoRA in float32 FMA, for what tensor cores do not take: float32 inputs, odd
+// row lengths, unaligned views. Down-projections (s, ds) and adapter gradients (da, db).
 #include <algorithm>
 
 #include "launch.cuh"
@@ -21,7 +22,8 @@ __device__ __forceinline__ void load8_padded(const T* p, int64_t i, int64_t end,
   for (int e = 0; e < 8; ++e) v[e] = i + e < end ? to_float(p[i + e]) : 0.0f;
 }
 
-__device__ __forceinline__ void drop8(const Dropout& d, int64_t seed, int64_t i, float (&v)[8]) {
+__device__ __forceinline__ void scale_kept(const Dropout& d, int64_t seed, int64_t i,
+                                           float (&v)[8]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float mask[4];
@@ -35,34 +37,21 @@ constexpr int kDownTokens = 4;
 constexpr int kDownRanks = 8;
 constexpr int kDownWarps = 8;
 
-// Rank groups of all members are numbered through: member i has those from first[i] to first[i +
-// 1].
-struct DownGroup {
-  int count;
-  int first[kMaxMembers + 1];
-  bool aligned[kMaxMembers];
-  Down members[kMaxMembers];
-};
-
 // A block computes 4 tokens x 8 ranks; its warps split the reduction and lanes take 8 elements
 // each, so that M = 1 still has 8 warps a rank group. Warp sums are added in warp order.
 template <typename T, typename R>
 __global__ void __launch_bounds__(32 * kDownWarps)
-    down_kernel(const __grid_constant__ DownGroup g, bool right_transposed, int64_t m) {
+    down_kernel(const Down p, bool right_transposed, bool aligned, int64_t m) {
   Carve carve;
   float* sums = carve.take<float>(kDownWarps * kDownTokens * kDownRanks);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t first_token = static_cast<int64_t>(blockIdx.x) * kDownTokens;
-  int member = 0;
-  while (member + 1 < g.count && static_cast<int>(blockIdx.y) >= g.first[member + 1]) ++member;
-  const Down& p = g.members[member];
   const T* __restrict__ in = static_cast<const T*>(p.in);
   const R* __restrict__ right = static_cast<const R*>(p.right);
   const Dropout& dropout = p.dropout;
   const int64_t c = p.c;
   const int r = p.r;
-  const bool aligned = g.aligned[member];
-  const int first_rank = (static_cast<int>(blockIdx.y) - g.first[member]) * kDownRanks;
+  const int first_rank = blockIdx.y * kDownRanks;
   const int64_t seed = dropout.seed != nullptr ? *dropout.seed : 0;
 
   float acc[kDownTokens][kDownRanks] = {};
@@ -72,7 +61,7 @@ __global__ void __launch_bounds__(32 * kDownWarps)
     for (int t = 0; t < kDownTokens; ++t) {
       const int64_t token = first_token + t;
       load8_padded(in + (token < m ? token : 0) * c, i, token < m ? c : 0, aligned, x[t]);
-      if (dropout.seed != nullptr) drop8(dropout, seed, token * c + i, x[t]);
+      if (dropout.seed != nullptr) scale_kept(dropout, seed, token * c + i, x[t]);
     }
 #pragma unroll
     for (int j = 0; j < kDownRanks; ++j) {
@@ -204,42 +193,30 @@ __global__ void __launch_bounds__(256)
   out[transposed ? i % c * r + i / c : i] = from_float<O>(scaling * total);
 }
 
-int64_t outer_chunks(const Outer& p) {
-  // Enough blocks for two waves, chunks of at least 64 tokens.
+// Runs of tokens: enough blocks for two waves, runs of at least 64 tokens.
+int64_t outer_chunks(const Pass& p) {
   const int64_t columns =
       (p.c + kOuterThreads * kOuterColumns - 1) / (kOuterThreads * kOuterColumns);
   const int64_t wanted = (4 * device().multiprocessors + columns - 1) / columns;
   return std::max<int64_t>(1, std::min(wanted, (p.m + 63) / 64));
 }
 
-}  // namespace
-
-int lora_down(const Down* members, int count, const DownLaunch& p, cudaStream_t stream) {
-  DownGroup g = {};
-  g.count = count;
-  for (int i = 0; i < count; ++i) {
-    const Down& d = members[i];
-    g.members[i] = d;
-    g.first[i + 1] = g.first[i] + (d.r + kDownRanks - 1) / kDownRanks;
-    g.aligned[i] = d.c % 8 == 0 && aligned16(d.in) && aligned16(d.right);
-  }
-  const dim3 grid(static_cast<unsigned>((p.m + kDownTokens - 1) / kDownTokens),
-                  static_cast<unsigned>(g.first[count]));
+int down(const Down& p, int in_dtype, bool right_transposed, int64_t m, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>((m + kDownTokens - 1) / kDownTokens),
+                  static_cast<unsigned>((p.r + kDownRanks - 1) / kDownRanks));
   constexpr size_t kShared = kDownWarps * kDownTokens * kDownRanks * sizeof(float);
-  return with_dtype(p.in_dtype, [&](auto element) {
+  const bool aligned = p.c % 8 == 0 && aligned16(p.in) && aligned16(p.right);
+  return with_dtype(in_dtype, [&](auto element) {
     using T = decltype(element);
     return with_dtype(p.right_dtype, [&](auto right) {
       using R = decltype(right);
-      return launch(down_kernel<T, R>, grid, dim3(32 * kDownWarps), kShared, stream, g,
-                    p.right_transposed, p.m);
+      return launch(down_kernel<T, R>, grid, dim3(32 * kDownWarps), kShared, stream, p,
+                    right_transposed, aligned, m);
     });
   });
 }
 
-size_t lora_outer_workspace(const Outer& p) { return outer_chunks(p) * p.c * p.r * sizeof(float); }
-
-int lora_outer(const Outer& p, void* workspace, cudaStream_t stream) {
-  auto* partial = static_cast<float*>(workspace);
+int outer(const Pass& p, float* partial, cudaStream_t stream) {
   const int64_t chunks = outer_chunks(p);
   const int64_t chunk_tokens = (p.m + chunks - 1) / chunks;
   const int64_t per_block = kOuterThreads * kOuterColumns;
@@ -254,13 +231,34 @@ int lora_outer(const Outer& p, void* workspace, cudaStream_t stream) {
                   p.left, partial, p.m, p.c, p.r, chunk_tokens, p.dropout, aligned);
   });
   if (status != 0) return status;
-  return with_dtype(p.out_dtype, [&](auto element) {
+  return with_dtype(p.outer_dtype, [&](auto element) {
     using O = decltype(element);
     const auto blocks = static_cast<unsigned>((p.c * p.r + 255) / 256);
     return launch(outer_sum_kernel<O>, dim3(blocks), dim3(256), 0, stream,
-                  static_cast<const float*>(partial), static_cast<O*>(p.out), p.c, p.r,
-                  static_cast<int>(chunks), p.scaling, p.out_transposed);
+                  static_cast<const float*>(partial), static_cast<O*>(p.outer_out), p.c, p.r,
+                  static_cast<int>(chunks), p.outer_scaling, p.outer_transposed);
   });
+}
+
+}  // namespace
+
+int general_down(const Down& p, int in_dtype, int64_t m, cudaStream_t stream) {
+  return down(p, in_dtype, false, m, stream);
+}
+
+size_t general_pass_workspace(const Pass& p) {
+  return p.outer_out == nullptr ? 0 : outer_chunks(p) * p.c * p.r * sizeof(float);
+}
+
+int general_pass(const Pass& p, void* workspace, cudaStream_t stream) {
+  int status = 0;
+  if (p.down_out != nullptr) {
+    const Down transposed{p.in, p.right,       p.down_out,     p.c,
+                          p.r,  p.right_dtype, p.down_scaling, dropout_of(0.0, nullptr)};
+    status = down(transposed, p.in_dtype, true, p.m, stream);
+  }
+  if (status != 0 || p.outer_out == nullptr) return status;
+  return outer(p, static_cast<float*>(workspace), stream);
 }
 
 }  // namespace nf4::cuda
