@@ -6,7 +6,7 @@
 #   benchmarks/gpu.sh measure      build, the sweep of benchmarks/gpu.py, thresholds, plots
 #   benchmarks/gpu.sh final        build, one training step and decoding of an 8B model
 #
-# Results go to $OUT (default: gpu_results) as gpu_<call>.tar.gz. A folder named by $PEERS (default:
+# Results go to $OUT (default: gpu_results): the tables, and everything as gpu_<call>.tar.gz. A folder named by $PEERS (default:
 # .peers) that holds the competitors' unpacked wheels is put on the path. Needs torch, nvcc, ninja.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -28,13 +28,24 @@ if [ -d "$peers" ]; then
   PYTHONPATH=$(cd "$peers" && pwd)${PYTHONPATH:+:$PYTHONPATH}
   export PYTHONPATH
 fi
+export PATH=$PATH:/usr/local/cuda/bin
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 status=0
 
-# step NAME SECONDS COMMAND...: run with a limit and a log, note the exit status, go on.
+budget=${BUDGET:-465} # seconds of the whole call, so that packing ends within 8 minutes
+left() { echo $((budget - SECONDS)); }
+
+# step NAME SECONDS COMMAND...: run with a log and a limit, that of the call if it is nearer; note
+# the exit status, go on.
 step() {
   local name=$1 limit=$2 begin=$SECONDS
   shift 2
+  [ "$limit" -le "$(left)" ] || limit=$(left)
+  if [ "$limit" -lt 5 ]; then
+    echo "== $name: not started, no time left" | tee -a "$work/results/steps.txt"
+    status=1
+    return 1
+  fi
   timeout --kill-after=10 "$limit" "$@" >"$work/results/$name.log" 2>&1
   local code=$?
   tail -n 25 "$work/results/$name.log"
@@ -44,6 +55,7 @@ step() {
 }
 
 pack() {
+  cp "$work"/results/*.csv "$work"/results/*.png "$out" 2>/dev/null
   tar -C "$work" -czf "$out/gpu_$call.tar.gz" results
   cat "$work/results/steps.txt"
   rm -rf "$work"
@@ -66,8 +78,13 @@ step build 240 "$python" -m pip install --no-build-isolation --no-deps -q -e . |
 
 case "$call" in
   build-test)
-    step tests 250 "$python" -m pytest -q --maxfail=25 --durations=15 \
-      --junitxml="$work/results/tests.xml"
+    # The tests that touch the GPU first, then the others for as long as the call lasts.
+    parallel=$("$python" -c 'import xdist; print("-n 8 --dist loadfile")' 2>/dev/null)
+    # shellcheck disable=SC2086 # several words, or none
+    step tests_kernels 180 "$python" -m pytest -q --maxfail=25 --durations=15 $parallel \
+      --junitxml="$work/results/tests_kernels.xml" tests/test_cuda_golden.py \
+      tests/test_cuda_tiles.py tests/test_cuda_library.py tests/test_*quantize*.py \
+      tests/test_linear*.py
     if command -v compute-sanitizer >/dev/null; then
       for tool in memcheck racecheck; do
         # Small shapes: the checkers slow a kernel down about a hundred times.
@@ -75,10 +92,14 @@ case "$call" in
           "$python" -m benchmarks.gpu_smoke
       done
     fi
+    # shellcheck disable=SC2086
+    step tests 400 "$python" -m pytest -q --maxfail=25 --durations=15 $parallel \
+      --junitxml="$work/results/tests.xml"
     ;;
   measure)
     csv=$work/results/gpu_sweep.csv
-    step sweep 400 "$python" -m benchmarks.gpu --csv "$csv" --seconds 300
+    # 70 s for the case that has begun when the time is over, and for what follows.
+    step sweep 460 "$python" -m benchmarks.gpu --csv "$csv" --seconds $(($(left) - 70))
     if [ -f "$csv" ]; then
       step thresholds 30 "$python" benchmarks/run.py --check "$csv"
       step table 30 "$python" benchmarks/run.py --table "$csv"
@@ -86,7 +107,7 @@ case "$call" in
     fi
     ;;
   final)
-    step end_to_end 380 "$python" -m benchmarks.end_to_end --csv "$work/results/end_to_end.csv"
+    step end_to_end 460 "$python" -m benchmarks.end_to_end --csv "$work/results/end_to_end.csv"
     ;;
 esac
 exit $status
