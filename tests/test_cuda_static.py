@@ -32,6 +32,22 @@ def test_the_committed_table_keeps_the_limits() -> None:
     # wgmma: 2048 products a clock of each SM, so a tile of M tokens takes 2048 / M weights.
     wgmma = [row for name, row in table.items() if "wgmma" in name]
     assert len(wgmma) == 5 and all(row.hgmma > 0 for row in wgmma)
+    # setmaxnreg hands 232 registers to 256 threads and 40 to 128. A CTA that starts with fewer than
+    # 168 each has not got them all, and waits for ever.
+    assert all(row.registers == 168 for row in wgmma)
+
+
+def test_the_table_puts_memory_beside_the_ceiling() -> None:
+    table = rows("90a")
+    assert table["linear, 8 tokens"].memory == pytest.approx(31.9)
+    # Nothing that memory should bound is bound by issue slots.
+    for name in ("dequantize nf4 64 nested bf16", "lora backward, ds and db", "linear, 8 tokens"):
+        assert table[name].ceiling >= table[name].memory, name
+
+
+def test_a_spilling_kernel_is_named() -> None:
+    used = {"_Z3fooi": (255, 8, 8), "_Z3bari": (32, 0, 0)}
+    assert cuda_static.spilling("90a", used) == ["sm_90a foo(int): 8 bytes"]
 
 
 @needs_nvcc
