@@ -284,4 +284,4 @@ def test_doctor_says_what_each_missing_part_costs(
         assert len(line.partition("missing: ")[2]) > 10, line
     at = next(i for i, line in enumerate(lines) if line.split()[:1] == ["cpu"] and "usable" in line)
     assert "not usable: no library" in lines[at] and "many times slower" in lines[at + 1]
-    assert "cpu tensors run on: reference" in lines
+    assert "  cpu tensors run on: reference" in lines
