@@ -1,25 +1,21 @@
 // The AdamW step over many parameters in one launch; nf4/optim/adamw.py states the arithmetic.
 //
-// A warp steps one block of 256 elements, two quads of a lane's own: elements 4 * lane .. + 3 and
-// 128 further on, so that a warp's access of either covers consecutive bytes. Dtypes and precisions
-// are looked up per parameter, not compiled in, so that one launch takes any mixture: a copy of the
-// code for each dtype was no shorter. Built without fma contraction and with IEEE division and
-// square root.
+// A warp steps one block of 256 elements. Dtypes and precisions are looked up per parameter, not
+// compiled in, so that one launch takes any mixture: a copy of the code for each dtype was no
+// shorter. Built without fma contraction and with IEEE division and square root.
 #include <algorithm>
 #include <cstring>
 
-#include "formats.cuh"
 #include "launch.cuh"
+#include "optimizer_access.cuh"
+#include "optimizer_codes.cuh"
 #include "philox.cuh"
-#include "shared.cuh"
-#include "vector.cuh"
 
 namespace nf4::cuda {
 namespace {
 
 constexpr int kBlock = NF4_NESTED_BLOCK_SIZE;
-constexpr int kPerLane = kBlock / 32;
-constexpr int kThreads = 256;
+constexpr int kThreads = kTableThreads;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBlocksPerMultiprocessor = 3;
 
@@ -41,195 +37,6 @@ struct Rows {
 __global__ void __launch_bounds__(kThreads)
     write_rows_kernel(const Rows rows, uint64_t* __restrict__ table, int words) {
   for (int i = threadIdx.x; i < words; i += kThreads) table[i] = rows.words[i];
-}
-
-// The code of a value in [-1, 1], exactly, by two look-ups and one comparison. Values fall into
-// buckets by the upper bits of their magnitude, fine enough that none holds two thresholds; a table
-// has the number of thresholds below each bucket. A binary search takes three times as many
-// instructions.
-template <int kMap>
-struct Ranker {
-  static constexpr bool kSigned = kMap == 0;
-  static constexpr int kShift = kSigned ? 17 : 16;
-  // Powers of two below the smallest positive threshold: whatever is smaller counts as this.
-  static constexpr uint32_t kLowest = kSigned ? 0x34800000u : 0x34000000u;
-  static constexpr int kFirst = kLowest >> kShift;
-  static constexpr int kBuckets = (0x3f800000u >> kShift) - kFirst + 1;  // the last holds 1.0
-  static constexpr int kStride = (kBuckets + 15) / 16 * 16;  // from positive to negative values
-  static constexpr int kBytes = kSigned ? 2 * kStride : kStride;
-  const uint8_t* ranks;
-  const float* thresholds;  // [256], the last one infinity
-
-  static __device__ __forceinline__ int bucket(float v) {
-    const int index = static_cast<int>(__float_as_uint(fmaxf(fabsf(v), bits(kLowest))) >> kShift);
-    return index - kFirst + (kSigned && v < 0.0f ? kStride : 0);
-  }
-
-  // By kThreads = 256 threads: one for each rank.
-  static __device__ void fill(uint8_t* ranks, float* thresholds, int rank) {
-    const float own = threshold(rank);
-    thresholds[rank] = own;
-    // Buckets in the order of their values; negative ones come first and downwards.
-    constexpr int kNegative = kSigned ? kBuckets : 0;
-    const auto position = [](float v) {
-      const int index = bucket(v);
-      return index < kStride ? kNegative + index : kBuckets - 1 - (index - kStride);
-    };
-    const int begin = rank == 0 ? 0 : position(threshold(rank - 1)) + 1;
-    const int end = rank == 255 ? kNegative + kBuckets : position(own) + 1;
-    for (int i = begin; i < end; ++i) {
-      ranks[i >= kNegative ? i - kNegative : kStride + kBuckets - 1 - i] =
-          static_cast<uint8_t>(rank);
-    }
-  }
-
-  __device__ __forceinline__ uint32_t operator()(float v) const {
-    const uint32_t rank = ranks[bucket(v)];
-    // One more if v is above the threshold: the sign of the difference is never lost.
-    return rank + (__float_as_uint(thresholds[rank] - v) >> 31);
-  }
-
- private:
-  // The lowest value of a rank's next; the unsigned map has code 0 for zero alone.
-  static __device__ float threshold(int rank) {
-    if (rank == 255) return INFINITY;
-    return rank == 0 && !kSigned ? 0.0f : kThresholds8[kMap][rank];
-  }
-  static __device__ __forceinline__ float bits(uint32_t value) { return __uint_as_float(value); }
-};
-
-struct Hyper {
-  float beta1, gain1, beta2, gain2, inverse_c2, eps, decay, step_size;
-};
-constexpr int kScalars = sizeof(Hyper) / sizeof(float);
-
-// What a thread block keeps in shared memory.
-struct Tables {
-  const Hyper* hyper;
-  const float* values1;
-  const float* values2;
-  Ranker<0> rank1;
-  Ranker<1> rank2;
-};
-constexpr size_t kSharedBytes =
-    sizeof(Hyper) + 4 * 256 * sizeof(float) + Ranker<0>::kBytes + Ranker<1>::kBytes;
-
-// Filled by all threads, without a barrier behind.
-__device__ __forceinline__ Tables make_tables(const float* hyper) {
-  Carve carve;
-  float* scalars = carve.take<float>(kScalars);
-  float* values1 = carve.take<float>(256);
-  float* values2 = carve.take<float>(256);
-  float* thresholds1 = carve.take<float>(256);
-  float* thresholds2 = carve.take<float>(256);
-  uint8_t* ranks1 = carve.take<uint8_t>(Ranker<0>::kBytes);
-  uint8_t* ranks2 = carve.take<uint8_t>(Ranker<1>::kBytes);
-  const int i = threadIdx.x;
-  if (i < kScalars) scalars[i] = hyper[i];
-  values1[i] = kCodes8[0][i];
-  values2[i] = kCodes8[1][i];
-  Ranker<0>::fill(ranks1, thresholds1, i);
-  Ranker<1>::fill(ranks2, thresholds2, i);
-  return {reinterpret_cast<const Hyper*>(scalars),
-          values1,
-          values2,
-          {ranks1, thresholds1},
-          {ranks2, thresholds2}};
-}
-
-// A lane's two quads as they lie in memory; 16-bit elements are in x and y.
-struct Raw {
-  uint4 quad[2];
-};
-
-__device__ __forceinline__ Raw load_raw(const void* data, int64_t first, bool wide) {
-  Raw raw{};
-#pragma unroll
-  for (int q = 0; q < 2; ++q) {
-    const int64_t quad = first / 4 + q * 32;
-    if (wide) {
-      raw.quad[q] = static_cast<const uint4*>(data)[quad];
-    } else {
-      const uint2 half = static_cast<const uint2*>(data)[quad];
-      raw.quad[q].x = half.x, raw.quad[q].y = half.y;
-    }
-  }
-  return raw;
-}
-
-__device__ __forceinline__ void unpack(const Raw& raw, int dtype, float (&v)[kPerLane]) {
-#pragma unroll
-  for (int q = 0; q < 2; ++q) {
-    const uint4 w = raw.quad[q];
-    float* out = v + 4 * q;
-    if (dtype == NF4_FLOAT32) {
-      out[0] = __uint_as_float(w.x), out[1] = __uint_as_float(w.y);
-      out[2] = __uint_as_float(w.z), out[3] = __uint_as_float(w.w);
-    } else if (dtype == NF4_BFLOAT16) {
-      unpack2<__nv_bfloat16>(w.x, out[0], out[1]);
-      unpack2<__nv_bfloat16>(w.y, out[2], out[3]);
-    } else {
-      unpack2<__half>(w.x, out[0], out[1]);
-      unpack2<__half>(w.y, out[2], out[3]);
-    }
-  }
-}
-
-__device__ __forceinline__ void store_quads(void* data, int64_t first, int dtype,
-                                            const float (&v)[kPerLane]) {
-#pragma unroll
-  for (int q = 0; q < 2; ++q) {
-    const int64_t quad = first / 4 + q * 32;
-    const float* x = v + 4 * q;
-    if (dtype == NF4_FLOAT32) {
-      static_cast<float4*>(data)[quad] = make_float4(x[0], x[1], x[2], x[3]);
-    } else if (dtype == NF4_BFLOAT16) {
-      static_cast<uint2*>(data)[quad] =
-          make_uint2(pack2<__nv_bfloat16>(x[0], x[1]), pack2<__nv_bfloat16>(x[2], x[3]));
-    } else {
-      static_cast<uint2*>(data)[quad] =
-          make_uint2(pack2<__half>(x[0], x[1]), pack2<__half>(x[2], x[3]));
-    }
-  }
-}
-
-// Element i of a lane, counted from its first.
-__device__ __forceinline__ constexpr int place(int i) { return i / 4 * 128 + i % 4; }
-
-__device__ __forceinline__ float load_one(const void* data, int64_t index, int dtype) {
-  if (dtype == NF4_FLOAT32) return static_cast<const float*>(data)[index];
-  if (dtype == NF4_BFLOAT16) return to_float(static_cast<const __nv_bfloat16*>(data)[index]);
-  return to_float(static_cast<const __half*>(data)[index]);
-}
-
-__device__ __forceinline__ void store_one(void* data, int64_t index, int dtype, float v) {
-  if (dtype == NF4_FLOAT32) {
-    static_cast<float*>(data)[index] = v;
-  } else if (dtype == NF4_BFLOAT16) {
-    static_cast<__nv_bfloat16*>(data)[index] = from_float<__nv_bfloat16>(v);
-  } else {
-    static_cast<__half*>(data)[index] = from_float<__half>(v);
-  }
-}
-
-// A lane's elements of one array, zero past the end where the block is short. Called for short
-// blocks and unaligned arrays.
-__device__ __forceinline__ void load_each(const void* data, int64_t first, int64_t numel, int dtype,
-                                          float (&v)[kPerLane]) {
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const int64_t index = first + place(i);
-    v[i] = index < numel ? load_one(data, index, dtype) : 0.0f;
-  }
-}
-
-__device__ __forceinline__ void store_each(void* data, int64_t first, int64_t numel, int dtype,
-                                           const float (&v)[kPerLane]) {
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const int64_t index = first + place(i);
-    if (index < numel) store_one(data, index, dtype, v[i]);
-  }
 }
 
 __device__ __forceinline__ void decode(uint32_t word, const float* values, float scale, float* v) {
