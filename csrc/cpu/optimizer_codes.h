@@ -9,6 +9,241 @@ namespace {
 constexpr int64_t kStateBlock = kNestedBlock;
 constexpr uint8_t kSignedZero = 127;  // code of 0 in the signed map; 0 in the unsigned one
 
+constexpr float kThresholds[255] = NF4_DYNAMIC8_THRESHOLDS;
+constexpr float kUnsignedThresholds[255] = NF4_DYNAMIC8_UNSIGNED_THRESHOLDS;
+
+// Sets those of 64 codes right that are in lanes and may be one off.
+template <bool kSigned>
+__attribute__((noinline)) void settle(const float* x, float scale, uint64_t lanes, uint8_t* codes) {
+  const float* thresholds = kSigned ? kThresholds : kUnsignedThresholds;
+#if NF4_ISA >= NF4_ISA_AVX512
+  const bool zeros = !kSigned && __builtin_popcountll(lanes) > 8;  // whose codes are right
+  for (int j = 0; zeros && j < 64; j += 16) {
+    const I v = _mm512_castps_si512(load(x + j));
+    lanes &= ~(uint64_t{_mm512_testn_epi32_mask(v, v)} << j);
+  }
+#endif
+  for (; lanes; lanes &= lanes - 1) {
+    const int i = __builtin_ctzll(lanes);
+    const float v = x[i] * scale;
+    int code = codes[i];
+    code += code < 255 && v > thresholds[code];
+    code -= code > 0 && !(v > thresholds[code - 1]);
+    codes[i] = static_cast<uint8_t>(!kSigned && code == 0 && x[i] > 0.0f ? 1 : code);
+  }
+}
+
+#if NF4_ISA >= NF4_ISA_AVX512
+
+// Codes by arithmetic in 16 bits, 32 elements at a time. The thresholds within a binade lie evenly
+// but for one, at which it is split: at the start of a decade, where the spacing changes, and at
+// the first and the last of all. In each of these segments
+//   mantissa * slope / 2^16 + start, in units of 2^-fraction ranks,
+// with the mantissa's upper 16 bits, is exactly the whole number t at the t-th threshold.
+// make_segments tries this for every threshold. As the line never falls, a code can be wrong only
+// where it is a whole number, and then by one.
+constexpr int kBinades = 32;
+constexpr int kLowestBinade = 96;    // its exponent; it holds all that is below, too
+constexpr float kRebias = 0x1p-96f;  // makes it 0
+
+#if NF4_ISA >= NF4_ISA_AVX512_BF16
+using SegmentCode = uint8_t;  // looked up for 64 elements at once, which takes VBMI
+#else
+using SegmentCode = uint16_t;
+#endif
+
+struct Segments {
+  uint16_t crossing[kBinades] = {};  // upper bits of the last mantissa before the split
+  // First below the splits, then above.
+  uint16_t slope[2 * kBinades] = {};
+  uint16_t start[2 * kBinades] = {};
+  SegmentCode most[2 * kBinades] = {};  // the last rank
+  SegmentCode base[2 * kBinades] = {};  // code of rank 0
+  int fraction = 0;
+  bool right = true;
+};
+
+constexpr uint32_t upper_mantissa(float x) { return bits_of(x) >> 7 & 0xffff; }
+
+// Fits a segment of count thresholds from x on that begins at mantissa low. The code below the
+// first of them has rank 1, lest a rank be negative. The last is counted twice if it starts a
+// decade, for the gap before it is twice as wide.
+constexpr void fit(const float* x, int count, bool starts_decade, uint32_t low, int segment,
+                   Segments* s) {
+  const int32_t one = 1 << s->fraction;
+  int64_t slope = 0, best = 0, best_off = 1 << 30, start = one + one / 2;
+  if (count == 1) slope = one - 1;
+  if (count > 1) {
+    const int64_t ranks = count - 1 + starts_decade;
+    const int64_t width = upper_mantissa(x[count - 1]) - upper_mantissa(x[0]);
+    slope = (ranks * one * 65536 + width / 2) / width;
+  }
+  for (int64_t tried = slope - 9; count && tried <= slope + 9; ++tried) {
+    int64_t least = 1 << 30, largest = -(1 << 30);
+    for (int i = 0; i < count; ++i) {
+      const int64_t t = i + 2 + (starts_decade && i == count - 1);
+      const int64_t above = (upper_mantissa(x[i]) * tried >> 16) - t * one;
+      if (above < least) least = above;
+      if (above > largest) largest = above;
+    }
+    if (tried <= 0xffff && largest - least < best_off) {
+      best_off = largest - least;
+      best = tried;
+      start = -least;
+    }
+  }
+  s->slope[segment] = static_cast<uint16_t>(best);
+  s->start[segment] = static_cast<uint16_t>(start);
+  s->most[segment] = static_cast<SegmentCode>(count + !starts_decade);
+  const int64_t first = (low * best >> 16) + start;
+  if (count && best_off != 0) s->right = false;
+  if (first < one || (first > 2 * one && s->most[segment] > 1)) s->right = false;
+}
+
+// From the count thresholds above zero, the code of zero and the number of codes in the lowest
+// decade.
+constexpr Segments make_segments(const float* thresholds, int count, int zero, int smallest,
+                                 int fraction) {
+  Segments s;
+  s.fraction = fraction;
+  int next = 0;
+  for (int b = 0; b < kBinades; ++b) {
+    const int first = next;
+    const uint32_t exponent = static_cast<uint32_t>(kLowestBinade + b);
+    while (next < count && bits_of(thresholds[next]) >> 23 == exponent) ++next;
+    int split = next;
+    bool edge = false;  // the threshold at which it is split is on the line above
+    for (int i = first; i < next; ++i) {
+      const bool outer = i == 0 || i == count - 1;
+      bool starts = outer;
+      for (int start = smallest; start < count; start = 2 * start + smallest) starts |= i == start;
+      if (starts) split = i;
+      if (starts) edge = outer;
+    }
+    if (split == next && next - first > 1) {  // one line for all would be off here and there
+      split = (first + next) / 2;
+      edge = true;
+    }
+    const bool none = split == next;
+    const uint32_t crossing = none ? 0xffff : upper_mantissa(thresholds[split]) - edge;
+    const int below = split + (!none && !edge);
+    const int above = none || edge ? split : split + 1;
+    s.crossing[b] = static_cast<uint16_t>(crossing);
+    fit(thresholds + first, below - first, below > split, 0, b, &s);
+    fit(thresholds + above, next - above, false, crossing + 1, b + kBinades, &s);
+    s.base[b] = static_cast<SegmentCode>(zero + first - 1);
+    s.base[b + kBinades] = static_cast<SegmentCode>(zero + above - 1);
+    // Zero and what is nearly zero differ in the unsigned map: unsure.
+    if (zero == 0 && first == 0 && below == 0) s.start[b] = static_cast<uint16_t>(1 << fraction);
+  }
+  if (next != count) s.right = false;
+  return s;
+}
+
+// The binade below 1.0 has 36 or 72 ranks, of which 16 bits leave so many:
+constexpr int kSignedFraction = 10, kUnsignedFraction = 9;
+alignas(64) constexpr Segments kSignedSegments = make_segments(kThresholds + kSignedZero,
+                                                               255 - kSignedZero, kSignedZero, 1,
+                                                               kSignedFraction);
+alignas(64) constexpr Segments kUnsignedSegments = make_segments(kUnsignedThresholds, 255, 0, 2,
+                                                                 kUnsignedFraction);
+static_assert(kSignedSegments.right && kUnsignedSegments.right, "a threshold is off its line");
+
+// Which words of two vectors are the lower and the upper halves of their dwords, and which bytes
+// those of their words.
+struct WordOrder {
+  int16_t low[32] = {};
+  int16_t high[32] = {};
+  uint8_t bytes[64] = {};
+};
+constexpr WordOrder make_word_order() {
+  WordOrder o;
+  for (int16_t i = 0; i < 32; ++i) {
+    o.low[i] = static_cast<int16_t>(2 * i);
+    o.high[i] = static_cast<int16_t>(2 * i + 1);
+  }
+  for (uint8_t i = 0; i < 64; ++i) o.bytes[i] = static_cast<uint8_t>(2 * i);
+  return o;
+}
+alignas(64) constexpr WordOrder kWords = make_word_order();
+
+// Codes of x * scale for a block, and 1 in place of 0 for x > 0 in the unsigned map. Calls
+// meanwhile(i) for every vector i, i + 1, .. of the block, for work that may go on beside this.
+template <bool kSigned, class Meanwhile>
+inline void encode_block(const float* x, float scale, uint8_t* codes, const Meanwhile& meanwhile) {
+  constexpr int kFraction = kSigned ? kSignedFraction : kUnsignedFraction;
+  constexpr const Segments& t = kSigned ? kSignedSegments : kUnsignedSegments;
+  // Exponents from 0 on: what is in the lowest binade or below becomes subnormal or zero.
+  F by = broadcast(scale * kRebias);
+  const float* scaled = x;
+  alignas(64) float buffer[kStateBlock];
+  if (scale < 0x1p-30f) {  // the product would be subnormal
+    by = broadcast(scale);
+    for (int64_t i = 0; i < kStateBlock; ++i) buffer[i] = x[i] * kRebias;
+    scaled = buffer;
+  }
+  const I low = _mm512_load_si512(kWords.low), high = _mm512_load_si512(kWords.high);
+  const I crossing = _mm512_loadu_si512(t.crossing);
+  const I slope0 = _mm512_loadu_si512(t.slope), slope1 = _mm512_loadu_si512(t.slope + 32);
+  const I start0 = _mm512_loadu_si512(t.start), start1 = _mm512_loadu_si512(t.start + 32);
+#if NF4_ISA >= NF4_ISA_AVX512_BF16
+  const I even = _mm512_load_si512(kWords.bytes);
+  const I most = _mm512_loadu_si512(t.most), base = _mm512_loadu_si512(t.base);
+#else
+  const I most0 = _mm512_loadu_si512(t.most), most1 = _mm512_loadu_si512(t.most + 32);
+  const I base0 = _mm512_loadu_si512(t.base), base1 = _mm512_loadu_si512(t.base + 32);
+#endif
+  for (int64_t i = 0; i < kStateBlock; i += 64) {
+    I bits[4], exponent[2], rank[2];
+    __mmask32 unsure[2], negative[2];
+    for (int j = 0; j < 4; ++j) {
+      const F v = mul(load(scaled + i + 16 * j), by);
+      bits[j] = _mm512_srli_epi32(_mm512_castps_si512(v), 7);
+    }
+    for (int j = 0; j < 2; ++j) {
+      const I mantissa = _mm512_permutex2var_epi16(bits[2 * j], low, bits[2 * j + 1]);
+      exponent[j] = _mm512_permutex2var_epi16(bits[2 * j], high, bits[2 * j + 1]);
+      if (kSigned) negative[j] = _mm512_test_epi16_mask(exponent[j], _mm512_set1_epi16(0x100));
+      const __mmask32 above =
+          _mm512_cmpgt_epu16_mask(mantissa, _mm512_permutexvar_epi16(exponent[j], crossing));
+      exponent[j] =
+          _mm512_mask_add_epi16(exponent[j], above, exponent[j], _mm512_set1_epi16(kBinades));
+      const I slope = _mm512_permutex2var_epi16(slope0, exponent[j], slope1);
+      const I start = _mm512_permutex2var_epi16(start0, exponent[j], start1);
+      rank[j] = _mm512_add_epi16(_mm512_mulhi_epu16(mantissa, slope), start);
+      unsure[j] = _mm512_testn_epi16_mask(rank[j], _mm512_set1_epi16((1 << kFraction) - 1));
+      rank[j] = _mm512_srli_epi16(rank[j], kFraction);
+    }
+#if NF4_ISA >= NF4_ISA_AVX512_BF16
+    const I segment = _mm512_permutex2var_epi8(exponent[0], even, exponent[1]);
+    I code = _mm512_permutex2var_epi8(rank[0], even, rank[1]);
+    code = _mm512_min_epu8(code, _mm512_permutexvar_epi8(segment, most));
+    code = _mm512_add_epi8(code, _mm512_permutexvar_epi8(segment, base));
+#else
+    for (int j = 0; j < 2; ++j) {
+      const I last = _mm512_permutex2var_epi16(most0, exponent[j], most1);
+      const I first = _mm512_permutex2var_epi16(base0, exponent[j], base1);
+      rank[j] = _mm512_add_epi16(_mm512_min_epu16(rank[j], last), first);
+    }
+    // Packing works within 128-bit lanes.
+    const I order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    I code = _mm512_permutexvar_epi64(order, _mm512_packus_epi16(rank[0], rank[1]));
+#endif
+    if (kSigned) {
+      // The code of -1.0 would be -1: it saturates.
+      code = _mm512_mask_subs_epu8(code, _mm512_kunpackd(negative[1], negative[0]),
+                                   _mm512_set1_epi8(static_cast<char>(2 * kSignedZero)), code);
+    }
+    _mm512_storeu_si512(codes + i, code);
+    for (int j = 0; j < 4; ++j) meanwhile(i + 16 * j);
+    if (unsure[0] | unsure[1]) {
+      settle<kSigned>(x + i, scale, uint64_t{unsure[1]} << 32 | unsure[0], codes + i);
+    }
+  }
+}
+
+#else
+
 // Ranks by arithmetic. Decade e of a map holds n codes, 2^e in the signed and twice that in the
 // unsigned map. Its thresholds lie evenly, spacing = 0.9 * 10^(e-6) / n apart, so that the rank of
 // x, counted from that of zero, is round(x / spacing + 4/9 * 2n - 1/2), or one less in the unsigned
@@ -41,172 +276,8 @@ constexpr Decades make_decades(const float* thresholds, uint32_t smallest) {
   return d;
 }
 
-constexpr float kThresholds[255] = NF4_DYNAMIC8_THRESHOLDS;
-constexpr float kUnsignedThresholds[255] = NF4_DYNAMIC8_UNSIGNED_THRESHOLDS;
 alignas(64) constexpr Decades kSignedDecades = make_decades(kThresholds + kSignedZero, 1);
 alignas(64) constexpr Decades kUnsignedDecades = make_decades(kUnsignedThresholds, 2);
-
-// Sets codes that may be one off right: of 64, those in the lanes of an index mod kLanes.
-template <bool kSigned, int kLanes>
-__attribute__((noinline)) void settle(const float* x, float scale, uint32_t lanes, uint8_t* codes) {
-  const float* thresholds = kSigned ? kThresholds : kUnsignedThresholds;
-  for (int i = 0; i < 64; ++i) {
-    if ((lanes >> (i % kLanes) & 1) == 0) continue;
-    const float v = x[i] * scale;
-    int code = codes[i];
-    code += code < 255 && v > thresholds[code];
-    code -= code > 0 && !(v > thresholds[code - 1]);
-    codes[i] = static_cast<uint8_t>(!kSigned && code == 0 && x[i] > 0.0f ? 1 : code);
-  }
-}
-
-#if NF4_ISA >= NF4_ISA_AVX512
-
-constexpr int kBinades = 32;
-// Ranks are counted in this share of one: their whole part is then the upper word of an integer,
-// and how far they are above a boundary the lower.
-constexpr float kUnit = 65536.0f;
-// The arithmetic is right this far from a boundary, in units: tried for every float from -1 to 1.
-// Ranks are raised by as much, so that what is unsure lies just above a boundary.
-constexpr int kUnsureUnits = 2;
-constexpr int kSureBits = 0xffff & ~(2 * kUnsureUnits - 1);
-
-// The decades by binade [2^(b - 31), 2^(b - 30)), each of which holds at most one start. Decade 0
-// holds what is below the first start.
-struct Binades {
-  uint32_t decade[kBinades] = {};    // that it begins in
-  uint32_t crossing[kBinades] = {};  // bits of the start within it, or of infinity
-  float slope[16] = {};              // of each decade's line
-  float start[16] = {};
-  float most[16] = {};
-};
-
-constexpr Binades make_binades(const Decades& d, uint32_t smallest, bool is_signed) {
-  // Signed: twice the bits, see decade(); and boundaries are halfway between two ranks, for the
-  // half is added behind the sign. Unsigned: of ranks from 0.
-  const uint32_t key_scale = is_signed ? 2 : 1;
-  const double raise = is_signed ? 0.0 : -0.5 + double{kUnsureUnits} / double{kUnit};
-  Binades t;
-  double low = 1.0 / (int64_t{1} << 31);
-  for (int b = 0; b < kBinades; ++b, low *= 2.0) {
-    t.crossing[b] = key_scale * 0x7f800000u;
-    for (uint32_t e = 0; e < kDecades; ++e) {
-      const double start = double{d.start[e]};
-      if (start < low) t.decade[b] = e + 1;
-      if (start >= low && start < 2.0 * low) t.crossing[b] = key_scale * bits_of(d.start[e]);
-    }
-  }
-  for (int e = 0; e <= kDecades; ++e) {
-    const double size = smallest << e;  // 2n
-    t.slope[e] = e == 0 ? 0.0f : d.slope[e - 1] * kUnit;
-    t.start[e] = static_cast<float>((size * 4.0 / 9.0 - 0.5 + raise) * double{kUnit});
-    t.most[e] = static_cast<float>((size - 1.0 + raise) * double{kUnit});
-  }
-  return t;
-}
-
-alignas(64) constexpr Binades kSignedBinades = make_binades(kSignedDecades, 1, true);
-alignas(64) constexpr Binades kUnsignedBinades = make_binades(kUnsignedDecades, 2, false);
-
-template <bool kSigned>
-struct Ranker {
-  static constexpr const Binades& kTables = kSigned ? kSignedBinades : kUnsignedBinades;
-  const I decade_lo = _mm512_load_si512(kTables.decade);
-  const I decade_hi = _mm512_load_si512(kTables.decade + 16);
-  const I crossing_lo = _mm512_load_si512(kTables.crossing);
-  const I crossing_hi = _mm512_load_si512(kTables.crossing + 16);
-  const F slope = _mm512_load_ps(kTables.slope);
-  const F start = _mm512_load_ps(kTables.start);
-  const F most = _mm512_load_ps(kTables.most);
-
-  I decade(F x) const {
-    const I bits = _mm512_castps_si512(x);
-    I binade;
-    __mmask16 above;
-    if (kSigned) {
-      // Twice the bits of |x|, and one more for a negative x: of two codes at equal distance the
-      // lower is taken, which for a negative x is the one of larger magnitude.
-      const I key = _mm512_rol_epi32(bits, 1);
-      binade = _mm512_max_epi32(_mm512_srli_epi32(key, 24), splat(96));
-      const I crossing = _mm512_permutex2var_epi32(crossing_lo, binade, crossing_hi);
-      above = _mm512_cmpgt_epu32_mask(key, crossing);
-    } else {
-      binade = _mm512_srli_epi32(bits, 23);
-      const I crossing = _mm512_permutex2var_epi32(crossing_lo, binade, crossing_hi);
-      above = _mm512_cmpgt_epi32_mask(bits, crossing);
-    }
-    const I begins = _mm512_permutex2var_epi32(decade_lo, binade, decade_hi);
-    return _mm512_mask_add_epi32(begins, above, begins, splat(1));
-  }
-
-  // The rank of x, in units; of -x in the signed map.
-  I operator()(F x) const {
-    const I index = decade(x);
-    const F factor = _mm512_permutexvar_ps(index, slope);
-    const F begin = _mm512_permutexvar_ps(index, start);
-    const F end = _mm512_permutexvar_ps(index, most);
-    if (!kSigned) return _mm512_cvtps_epi32(_mm512_min_ps(fma(factor, x, begin), end));
-    constexpr int kFlipByInverse = 0xd2;  // a ^ (~b & c)
-    const F flipped = _mm512_castsi512_ps(
-        _mm512_ternarylogic_epi32(_mm512_castps_si512(begin), _mm512_castps_si512(x),
-                                  splat(static_cast<int>(0x80000000)), kFlipByInverse));
-    constexpr int kSmallerMagnitude = 2;  // with the sign of the first
-    const F line = _mm512_range_ps(_mm512_fnmadd_ps(factor, x, flipped), end, kSmallerMagnitude);
-    return _mm512_add_epi32(_mm512_cvtps_epi32(line),
-                            splat(static_cast<int>(kUnit) / 2 + kUnsureUnits));
-  }
-};
-
-// Which words of two vectors are the upper halves of their dwords.
-struct WordOrder {
-  int16_t high[32] = {};
-};
-constexpr WordOrder make_word_order() {
-  WordOrder o;
-  for (int16_t i = 0; i < 32; ++i) o.high[i] = static_cast<int16_t>(2 * i + 1);
-  return o;
-}
-alignas(64) constexpr WordOrder kWords = make_word_order();
-
-// Codes of x * scale for a block, and 1 in place of 0 for x > 0 in the unsigned map. Calls
-// meanwhile(i) for every vector i, i + 1, .. of the block, for work that may go on beside this.
-template <bool kSigned, class Meanwhile>
-inline void encode_block(const float* x, float scale, uint8_t* codes, const Meanwhile& meanwhile) {
-  const F by = broadcast(scale);
-  const Ranker<kSigned> ranker;
-  const I high = _mm512_load_si512(kWords.high);
-  for (int64_t i = 0; i < kStateBlock; i += 64) {
-    I rank[4];
-    __mmask16 sure = 0xffff;
-    for (int j = 0; j < 4; ++j) {
-      const F value = load(x + i + 16 * j);
-      F v = mul(value, by);
-      if (!kSigned) {
-        const I raw = _mm512_castps_si512(value);
-        v = _mm512_mask_max_ps(v, _mm512_test_epi32_mask(raw, raw), v,
-                               broadcast(kDynamic8UnsignedCodes[1]));
-      }
-      rank[j] = ranker(v);
-      sure = _mm512_mask_test_epi32_mask(sure, rank[j], splat(kSureBits));
-      meanwhile(i + 16 * j);
-    }
-    const I first = _mm512_permutex2var_epi16(rank[0], high, rank[1]);
-    const I second = _mm512_permutex2var_epi16(rank[2], high, rank[3]);
-    I all;
-    if (kSigned) {
-      // -1.0 is the rank 128 too many: it saturates.
-      all = _mm512_sub_epi8(_mm512_set1_epi8(kSignedZero), _mm512_packs_epi16(first, second));
-    } else {
-      all = _mm512_packus_epi16(first, second);
-    }
-    // Packing works within 128-bit lanes.
-    const I order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
-    _mm512_storeu_si512(codes + i, _mm512_permutexvar_epi64(order, all));
-    if (sure != 0xffff) settle<kSigned, 16>(x + i, scale, ~sure, codes + i);
-  }
-}
-
-#else
 
 // The arithmetic is right this far from the middle between two thresholds, in ranks: tried for
 // every float from -1 to 1, for which even 2^-16 in place of 2^-14 does.
@@ -269,7 +340,7 @@ void encode_block(const float* x, float scale, uint8_t* codes, const Meanwhile& 
     }
     int any = 0;
     for (int lane = 0; lane < kWidth; ++lane) any |= unsure[lane];
-    if (any) settle<kSigned, 1>(x + i, scale, 1, codes + i);
+    if (any) settle<kSigned>(x + i, scale, ~uint64_t{0}, codes + i);
   }
 }
 
