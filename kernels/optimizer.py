@@ -13,6 +13,7 @@ from nf4.kernels.quantize import scale_blocks
 
 BLOCK_SIZE = tl.constexpr(256)
 INFINITY_BITS = tl.constexpr(0x7F800000)
+ROW = tl.constexpr(9)  # columns of the table
 
 
 @triton.jit
@@ -57,7 +58,7 @@ def _pointer(row_ptr, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.con
 
 @triton.jit
 def _step_tile(
-    row_ptr,
+    row_ptr,  # [9] int64, see adamw_kernel
     tile,
     numel,
     hyper_ptr,
@@ -121,7 +122,7 @@ def _step_tile(
         tl.atomic_add(skipped_ptr, left)
     exists = exists & finite
     mask = mask & finite[:, None]
-    if seed_ptr is None:
+    if seed_ptr is None or tl.float32 == PARAM:
         rounded = p.to(PARAM)
     else:
         first = tl.load(row_ptr + 7) + block * BLOCK_SIZE
@@ -142,25 +143,23 @@ def _step_tile(
 
 
 @triton.jit
-def adamw_kernel(
-    table_ptr,  # [params, 8] int64: six addresses, numel, first random word
-    tiles_ptr,  # [programs, 2] int32: parameter, and tile within it
-    hyper_ptr,  # [8] float32
-    seed_ptr,  # [1] int64, or None: round to nearest
-    skipped_ptr,  # [1] int64
-    map1_ptr,  # [256] float32
-    map2_ptr,  # [256] float32
-    threshold1_ptr,  # [255] float32
-    threshold2_ptr,  # [255] float32
+def _step_kind(
+    row_ptr,
+    tile,
+    hyper_ptr,
+    seed_ptr,
+    skipped_ptr,
+    map1_ptr,
+    map2_ptr,
+    threshold1_ptr,
+    threshold2_ptr,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     QUANTIZED: tl.constexpr,  # 8-bit moments, else float32
     ALIGNED: tl.constexpr,  # every address is a multiple of 16
-    BLOCKS: tl.constexpr,  # of a tile
+    BLOCKS: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    row_ptr = table_ptr + tl.load(tiles_ptr + 2 * pid).to(tl.int64) * 8
-    tile = tl.load(tiles_ptr + 2 * pid + 1).to(tl.int64)
+    """Step a tile of a parameter of one kind."""
     numel = tl.load(row_ptr + 6)
     if (tile + 1) * (BLOCKS * BLOCK_SIZE) <= numel:
         _step_tile(
@@ -172,3 +171,32 @@ def adamw_kernel(
             row_ptr, tile, numel, hyper_ptr, seed_ptr, skipped_ptr, map1_ptr, map2_ptr,
             threshold1_ptr, threshold2_ptr, PARAM, GRAD, QUANTIZED, ALIGNED, BLOCKS, False,
         )  # fmt: skip
+
+
+@triton.jit
+def adamw_kernel(
+    table_ptr,  # [params, 9] int64: six addresses, numel, first random word, index into KINDS
+    tiles_ptr,  # [programs, 2] int32: parameter, and tile within it
+    hyper_ptr,  # [8] float32
+    seed_ptr,  # [1] int64, or None: round to nearest
+    skipped_ptr,  # [1] int64
+    map1_ptr,  # [256] float32
+    map2_ptr,  # [256] float32
+    threshold1_ptr,  # [255] float32
+    threshold2_ptr,  # [255] float32
+    KINDS: tl.constexpr,  # dtypes of parameter and gradient, quantized, aligned: see _step_kind
+    BLOCKS: tl.constexpr,  # of a tile
+):
+    pid = tl.program_id(0)
+    row_ptr = table_ptr + tl.load(tiles_ptr + 2 * pid).to(tl.int64) * ROW
+    tile = tl.load(tiles_ptr + 2 * pid + 1).to(tl.int64)
+    kind = tl.load(row_ptr + 8)
+    # Code of its own for each kind that the parameters have: where a load may be of any of three
+    # dtypes, its conversion stands in a branch, and the next load waits for it.
+    for i in tl.static_range(len(KINDS)):
+        if kind == i:
+            _step_kind(
+                row_ptr, tile, hyper_ptr, seed_ptr, skipped_ptr, map1_ptr, map2_ptr,
+                threshold1_ptr, threshold2_ptr, KINDS[i][0], KINDS[i][1], KINDS[i][2],
+                KINDS[i][3], BLOCKS,
+            )  # fmt: skip

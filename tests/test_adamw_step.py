@@ -146,8 +146,6 @@ def test_bits(backend: str, device: torch.device, step: int) -> None:
 
 def test_many_parameters(backend: str, device: torch.device) -> None:
     """As many as a LoRA of a large model has; their addresses travel in several pieces."""
-    if backend == "triton" and emulated(backend, device):
-        pytest.skip("backend triton: a launch for each of 18 dtype combinations is slow emulated")
     sizes = tuple(int(n) for n in torch.randint(0, 600, (170,)))
     check_against_reference(backend, device, random_arguments(sizes), hyper_tensor(3))
 
