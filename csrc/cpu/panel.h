@@ -181,21 +181,56 @@ void pack_transposed(const Operand& b, int64_t column, int64_t columns, int64_t 
   }
 }
 
+// Reads pieces of rows, a panel wide. Where each lies in one block of a 4-bit weight, what
+// decode_range would find out for every piece is known beforehand, and the piece `ahead` rows on,
+// which no hardware prefetcher finds, is fetched.
+struct PieceReader {
+  const Operand& b;
+  const int64_t column, columns, ahead;
+  const bool one_block;
+  const Lookup16 codes;
+
+  PieceReader(const Operand& operand, int64_t from, int64_t count, int64_t rows_ahead)
+      : b(operand),
+        column(from),
+        columns(count),
+        ahead(rows_ahead * operand.columns),
+        one_block(count == kPanelColumns && from % kPanelColumns == 0 && has_row_groups(operand) &&
+                  int64_t{1} << operand.weight->block_shift >= kPanelColumns),
+        codes(lookup16(b.weight ? format_of(b.weight->format).codes : kNf4Codes)) {}
+
+  template <class T>
+  void operator()(int64_t row, T* out) const {
+    if (!one_block) return read(b, row, column, columns, out);
+    const Weight& w = *b.weight;
+    const int64_t first = row * b.columns + column;
+    __builtin_prefetch(w.packed + (first + ahead) / 2, 0, 2);
+    if (w.codes) __builtin_prefetch(w.codes + ((first + ahead) >> w.block_shift), 0, 2);
+    decode_nibbles<false>(w.packed, first, kPanelColumns, codes,
+                          block_scale(w, first >> w.block_shift), out);
+  }
+};
+
 // Rows [first, first + depth) of B, columns [column, column + columns), as panel[step][column].
 template <class Math>
 void pack_rows(const Operand& b, int64_t column, int64_t columns, int64_t first, int64_t depth,
                Workspace<Math>& w) {
   const int64_t padded = round_up(columns, kWidth);
   using Element = typename Math::Element;
+  const PieceReader piece(b, column, columns, Math::kBlock);
   for (int64_t s = 0; s * Math::kDepth < depth; ++s) {
     uint32_t* out = w.panel + s * kPanelColumns;
     const int64_t row = first + s * Math::kDepth;
     if constexpr (Math::kDepth == 1) {
-      read(b, row, column, columns, reinterpret_cast<Element*>(out));
+      piece(row, reinterpret_cast<Element*>(out));
     } else {
-      Element pair[2][kPanelColumns] = {};
-      read(b, row, column, columns, pair[0]);
-      if (s * 2 + 1 < depth) read(b, row + 1, column, columns, pair[1]);
+      alignas(64) Element pair[2][kPanelColumns];
+      piece(row, pair[0]);
+      if (s * 2 + 1 < depth) {
+        piece(row + 1, pair[1]);
+      } else {
+        std::memset(pair[1], 0, sizeof pair[1]);
+      }
       for (int64_t i = 0; i < columns; ++i) {
         out[i] = static_cast<uint32_t>(pair[1][i].bits) << 16 | pair[0][i].bits;
       }
