@@ -11,49 +11,66 @@
 namespace nf4::cpu {
 namespace {
 
-// C[kRows, kVectors * kWidth] (+)= A panel.
+// C[kRows, kVectors * kWidth] (+)= A B, where a row of B is one step of the depth.
 template <class Math, int kRows, int kVectors>
-void tile(const typename Math::Element* a, int64_t lda, const uint32_t* panel, int64_t steps,
-          float* c, bool fresh) {
+void tile(const typename Math::Element* a, int64_t lda, const uint32_t* b, int64_t ldb,
+          int64_t steps, float* c, int64_t ldc, bool fresh) {
+  constexpr int kLine = 16;  // steps in a cache line of A
   F acc[kRows][kVectors];
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) acc[r][v] = zero();
   }
   for (int64_t s = 0; s < steps; ++s) {
-    typename Math::Vector b[kVectors];
-    for (int v = 0; v < kVectors; ++v) b[v] = Math::load_b(panel + v * kWidth);
+    // The rows of the next tile are far apart: no hardware prefetcher finds them.
+    if (kRows == kTileRows && s % kLine < kRows) {
+      __builtin_prefetch(a + (kRows + s % kLine) * lda + s / kLine * kLine * Math::kDepth, 0, 2);
+    }
+    typename Math::Vector w[kVectors];
+    for (int v = 0; v < kVectors; ++v) w[v] = Math::load_b(b + v * kWidth);
     for (int r = 0; r < kRows; ++r) {
       const auto x = Math::splat_a(a + r * lda + s * Math::kDepth);
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = Math::multiply_add(x, b[v], acc[r][v]);
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = Math::multiply_add(x, w[v], acc[r][v]);
     }
-    panel += kPanelColumns;
+    b += ldb;
   }
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) {
-      float* out = c + r * kTaskColumns + v * kWidth;
+      float* out = c + r * ldc + v * kWidth;
       store(out, fresh ? acc[r][v] : add(load(out), acc[r][v]));
     }
   }
 }
 
 template <class Math, int kRows, int kVectors>
-void last_tile(const typename Math::Element* a, int64_t lda, const uint32_t* panel, int64_t steps,
-               float* c, bool fresh, int64_t rows) {
+void last_tile(const typename Math::Element* a, int64_t lda, int64_t rows, const uint32_t* b,
+               int64_t ldb, int64_t steps, float* c, int64_t ldc, bool fresh) {
   if constexpr (kRows > 0) {
-    if (rows == kRows) return tile<Math, kRows, kVectors>(a, lda, panel, steps, c, fresh);
-    last_tile<Math, kRows - 1, kVectors>(a, lda, panel, steps, c, fresh, rows);
+    if (rows == kRows) return tile<Math, kRows, kVectors>(a, lda, b, ldb, steps, c, ldc, fresh);
+    last_tile<Math, kRows - 1, kVectors>(a, lda, rows, b, ldb, steps, c, ldc, fresh);
   }
 }
 
 template <class Math, int kVectors>
-void tiles(const typename Math::Element* a, int64_t lda, int64_t rows, const uint32_t* panel,
-           int64_t steps, float* c, bool fresh) {
+void row_tiles(const typename Math::Element* a, int64_t lda, int64_t rows, const uint32_t* b,
+               int64_t ldb, int64_t steps, float* c, int64_t ldc, bool fresh) {
   int64_t r = 0;
   for (; r + kTileRows <= rows; r += kTileRows) {
-    tile<Math, kTileRows, kVectors>(a + r * lda, lda, panel, steps, c + r * kTaskColumns, fresh);
+    tile<Math, kTileRows, kVectors>(a + r * lda, lda, b, ldb, steps, c + r * ldc, ldc, fresh);
   }
-  last_tile<Math, kTileRows - 1, kVectors>(a + r * lda, lda, panel, steps, c + r * kTaskColumns,
-                                           fresh, rows - r);
+  last_tile<Math, kTileRows - 1, kVectors>(a + r * lda, lda, rows - r, b, ldb, steps, c + r * ldc,
+                                           ldc, fresh);
+}
+
+// C[rows, columns] (+)= A B for at most kPanelColumns columns, which B and C hold in whole vectors.
+template <class Math, int kVectors = kTileVectors>
+void tiles(const typename Math::Element* a, int64_t lda, int64_t rows, const uint32_t* b,
+           int64_t ldb, int64_t columns, int64_t steps, float* c, int64_t ldc, bool fresh) {
+  if constexpr (kVectors > 1) {
+    if (columns <= (kVectors - 1) * kWidth) {
+      return tiles<Math, kVectors - 1>(a, lda, rows, b, ldb, columns, steps, c, ldc, fresh);
+    }
+  }
+  row_tiles<Math, kVectors>(a, lda, rows, b, ldb, steps, c, ldc, fresh);
 }
 
 // w.c (+)= the product's rows [row, row + rows), columns [column, column + columns).
@@ -64,7 +81,7 @@ void accumulate(const Product& p, int64_t row, int64_t rows, int64_t column, int
   // A pair must not reach into the next row, so an odd depth is copied and padded.
   const bool direct = p.a.dense.dtype == kDTypeOf<Element> && p.a.dropout.multiplier == 0.0f &&
                       p.depth % Math::kDepth == 0;
-  const int64_t block = p.short_chains || p.rows < kTileRows ? 32 : Math::kBlock;
+  const int64_t block = p.rows < kTileRows ? kShortChain : Math::kBlock;
   const bool by_groups = p.transposed && has_row_groups(p.b);
   const int64_t span = by_groups ? kScaleBlocks << p.b.weight->block_shift : p.depth;
   for (int64_t first = 0; first < p.depth; first += block) {
@@ -93,14 +110,7 @@ void accumulate(const Product& p, int64_t row, int64_t rows, int64_t column, int
       } else {
         pack_rows(p.b, column + i, width, first, depth, w);
       }
-      float* c = w.c + i;
-      if (width <= kWidth) {
-        tiles<Math, 1>(a, lda, rows, w.panel, steps, c, fresh);
-      } else if (width <= 2 * kWidth) {
-        tiles<Math, 2>(a, lda, rows, w.panel, steps, c, fresh);
-      } else {
-        tiles<Math, kTileVectors>(a, lda, rows, w.panel, steps, c, fresh);
-      }
+      tiles<Math>(a, lda, rows, w.panel, kPanelColumns, width, steps, w.c + i, kTaskColumns, fresh);
     }
     fresh = false;
   }
@@ -116,7 +126,7 @@ template <class Math, class Fn>
 void for_tiles(int64_t m, int64_t n, const Fn& task) {
   if (m == 0 || n == 0) return;
   const int64_t column_tasks = ceil_div(n, kTaskColumns);
-  // Few columns (a LoRA rank): cut the rows finer, so that there is work for every thread.
+  // Few columns: cut the rows finer, so that there is work for every thread.
   const int64_t wanted = max(ceil_div(m, kTaskRows), ceil_div(16, column_tasks));
   const int64_t rows_each = max(4 * kTileRows, round_up(ceil_div(m, wanted), kTileRows));
   const int64_t height = min(rows_each, kTaskRows);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "linear.h"
+#include "low_rank.h"
 
 namespace nf4::cpu {
 namespace {
@@ -25,25 +26,11 @@ inline void scaled_transpose(const float* in, int64_t rows, int64_t columns, flo
   }
 }
 
-// out [m, n] float32 = factor * the product.
-inline void multiply_float(const Product& product, float factor, int64_t m, int64_t n, float* out) {
-  for_tiles<FloatMath>(
-      m, n,
-      [&](int64_t row, int64_t rows, int64_t column, int64_t columns, Workspace<FloatMath>& w) {
-        accumulate<FloatMath>(product, row, rows, column, columns, true, w);
-        for (int64_t r = 0; r < rows; ++r) {
-          for (int64_t i = 0; i < columns; ++i) {
-            out[(row + r) * n + column + i] = factor * w.c[r * kTaskColumns + i];
-          }
-        }
-      });
-}
-
 void linear_lora(Matrix x, const Weight& weight, Matrix bias, const Lora& lora, int64_t m,
                  int64_t n, int64_t k, void* y, float* s) {
   const int64_t rank = lora.rank;
-  const Product down{dense(x, k, lora.dropout), dense(lora.a, k), m, k, true, true};
-  multiply_float(down, 1.0f, m, rank, s);
+  run({dense(x, k, lora.dropout), m, k, rank, s, dense(lora.a, k), true, 1.0f, nullptr},
+      [](int64_t, int64_t, const float*) {});
   Floats scaled_s(m * rank);
   for (int64_t i = 0; i < m * rank; ++i) scaled_s.data[i] = lora.scaling * s[i];
   const Product products[] = {
@@ -78,36 +65,28 @@ void linear_lora_backward(Matrix grad_y, Matrix x, const float* s, const Weight&
                           const Lora& lora, int64_t m, int64_t n, int64_t k,
                           const LoraGradients& out) {
   const int64_t rank = lora.rank;
-  Floats ds(m * rank);
-  const Product down{dense(grad_y, n), dense(lora.b, rank), m, n, false, true};
-  multiply_float(down, lora.scaling, m, rank, ds.data);
-  if (out.dx) lora_dx(grad_y, weight, lora, ds.matrix(), m, n, k, out.dx);
-  Floats transposed(m * rank);
-  if (out.da) {
-    scaled_transpose(ds.data, m, rank, 1.0f, transposed.data);
-    const Product da{dense(transposed.matrix(), m), dense(x, k, lora.dropout), rank, m, false};
-    for_tiles<FloatMath>(
-        rank, k,
-        [&](int64_t row, int64_t rows, int64_t column, int64_t columns, Workspace<FloatMath>& w) {
-          accumulate<FloatMath>(da, row, rows, column, columns, true, w);
-          finish(w.c, row, rows, column, columns, {}, lora.a.dtype, out.da, k);
-        });
-  }
-  if (out.db) {
-    // db^T = (scaling s)^T grad_y, turned while it is written.
-    scaled_transpose(s, m, rank, lora.scaling, transposed.data);
-    const Product db{dense(transposed.matrix(), m), dense(grad_y, n), rank, m, false};
-    for_tiles<FloatMath>(
-        rank, n,
-        [&](int64_t row, int64_t rows, int64_t column, int64_t columns, Workspace<FloatMath>& w) {
-          accumulate<FloatMath>(db, row, rows, column, columns, true, w);
-          for (int64_t i = 0; i < columns; ++i) {
-            float line[kTaskRows];
-            for (int64_t r = 0; r < rows; ++r) line[r] = w.c[r * kTaskColumns + i];
-            write_row(line, rows, lora.b.dtype, out.db, (column + i) * rank + row);
+  Floats ds(m * rank), weights(m * rank);
+  if (out.db) scaled_transpose(s, m, rank, lora.scaling, weights.data);
+  run({dense(grad_y, n), m, n, rank, ds.data, dense(lora.b, rank), false, lora.scaling,
+       out.db ? weights.data : nullptr},
+      [&](int64_t column, int64_t columns, const float* sums) {
+        Floats turned(columns * rank);
+        for (int64_t i = 0; i < columns; ++i) {
+          for (int64_t r = 0; r < rank; ++r) {
+            turned.data[i * rank + r] = sums[r * kPassColumns + i];
           }
-        });
-  }
+        }
+        write_row(turned.data, columns * rank, lora.b.dtype, out.db, column * rank);
+      });
+  if (out.dx) lora_dx(grad_y, weight, lora, ds.matrix(), m, n, k, out.dx);
+  if (!out.da) return;
+  scaled_transpose(ds.data, m, rank, 1.0f, weights.data);
+  run({dense(x, k, lora.dropout), m, k, rank, nullptr, {}, false, 1.0f, weights.data},
+      [&](int64_t column, int64_t columns, const float* sums) {
+        for (int64_t r = 0; r < rank; ++r) {
+          write_row(sums + r * kPassColumns, columns, lora.a.dtype, out.da, r * k + column);
+        }
+      });
 }
 
 }  // namespace

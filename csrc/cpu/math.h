@@ -12,9 +12,10 @@ struct Product {
   int64_t rows;
   int64_t depth;
   bool transposed;
-  // Sum in short chains, as BLAS does where it computes a few dot products. Costs up to a third.
-  bool short_chains = false;
 };
+
+// Few dot products are summed in chains of this length, as BLAS does. Costs up to a third.
+constexpr int64_t kShortChain = 32;
 
 // The dword of 8 nibbles of a 4-bit weight holds element e at this bit.
 constexpr int nibble_bit(int element) { return 4 * (element ^ 1); }
