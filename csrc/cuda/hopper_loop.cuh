@@ -1,25 +1,12 @@
 // The main loop of hopper_tile.cu: who loads, who decodes and multiplies, and what is stored.
 #pragma once
 
-#include "hopper_plan.cuh"
-#include "up.cuh"
+#include "hopper_decode.cuh"
+#include "hopper_ring.cuh"
 
 #if defined(NF4_HOPPER_CODE)
 
 namespace nf4::cuda {
-
-// Where a ring of stages stands, and the parity of the phase that its barriers go through.
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
 
 // Where the fragments of this thread lie in the output. The 16 rows of a warp are permuted so that
 // a thread has two neighbouring features: rows g and g + 8 of a fragment are 2 g and 2 g + 1.
@@ -33,104 +20,6 @@ struct Place {
     token = at.token_tile * tile_tokens + lane % 4 * 2;
   }
 };
-
-// The scales of a thread's two rows, a step of K at a time, loaded a step ahead. Rows past the last
-// take its scales; nothing reads what comes of them.
-template <bool kNested>
-class RowScales {
- public:
-  __device__ __forceinline__ RowScales(const HopperArguments& p, int64_t feature, int step) {
-    const auto steps = static_cast<uint32_t>(p.k_steps);
-    const int64_t last = p.n - 1;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t row = feature + half < last ? feature + half : last;
-      at_[half] = static_cast<uint32_t>(row) * steps + step;
-    }
-    shift_ = p.log2_block - kLog2Step;
-    offset_ = kNested ? p.scales.offset[0] : 0.0f;
-  }
-
-  __device__ __forceinline__ void load(const HopperArguments& p) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t block = at_[half]++ >> shift_;
-      if constexpr (kNested) {
-        code_[half] = static_cast<const uint8_t*>(p.scales.absmax)[block];
-        scale_[half] = p.scales.nested_absmax[block / NF4_NESTED_BLOCK_SIZE];
-      } else {
-        scale_[half] = static_cast<const float*>(p.scales.absmax)[block];
-      }
-    }
-  }
-  __device__ __forceinline__ void decode(const float* map, float (&scale)[2]) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      scale[half] = kNested ? map[code_[half]] * scale_[half] + offset_ : scale_[half];
-    }
-  }
-
- private:
-  static constexpr int kLog2Step = 6;
-  static_assert(1 << kLog2Step == kHopperStep);
-
-  uint32_t at_[2];  // steps of K from the start of the weight
-  int shift_;
-  float offset_;
-  uint32_t code_[2];
-  float scale_[2];
-};
-
-// One step of a warp's 16 rows, as the A fragments of four wgmmas. Lane t of a quad needs byte t of
-// every word. The table has a row of 128 bytes for each byte: 16 copies of its two codes in
-// float32, so that the 16 lanes that are served together never meet in a bank.
-template <typename T>
-__device__ __forceinline__ void decode_step(uint32_t (&a)[4][4], const unsigned char* table,
-                                            const unsigned char* weights, const float (&scale)[2]) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int g = lane / 4, t = lane % 4;
-  const uint32_t column = lane % 16 * 8;
-  const int turn = (8 * t + 25) % 32;  // moves byte t to bits 7 to 14
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const unsigned char* row = weights + (warp * 16 + 2 * g + half) * 32;
-#pragma unroll
-    for (int part = 0; part < 2; ++part) {
-      // TMA's 32-byte swizzle: rows 4 to 7 of each 8 have their 16-byte parts exchanged.
-      const uint4 words = *reinterpret_cast<const uint4*>(row + (part ^ (g / 2 % 2)) * 16);
-      const uint32_t word[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t at = and_or(__funnelshift_r(word[i], word[i], turn), 0x7f80, column);
-        const float2 pair = *reinterpret_cast<const float2*>(table + at);
-        a[2 * part + i / 2][i % 2 * 2 + half] =
-            pack2<T>(pair.x * scale[half], pair.y * scale[half]);
-      }
-    }
-  }
-}
-
-template <int kCount>
-__device__ __forceinline__ void pin(uint32_t (&a)[kCount][4]) {
-#pragma unroll
-  for (int c = 0; c < kCount; ++c) wgmma_pin(a[c]);
-}
-
-// The A fragments of 16 ranks of b, as high and low parts.
-template <typename T>
-__device__ __forceinline__ void up_fragments(uint32_t (&high)[4], uint32_t (&low)[4],
-                                             const HopperArguments& p, int64_t feature, int first) {
-  const auto right = [&](int64_t row, int rank) {
-    if (row >= p.n || rank >= p.r) return 0.0f;
-    return element_of(p.right, p.right_dtype, row * p.r + rank);
-  };
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int64_t row = feature + i % 2;
-    const int rank = first + threadIdx.x % 4 * 2 + i / 2 * 8;
-    split2<T>(right(row, rank), right(row, rank + 1), high[i], low[i]);
-  }
-}
 
 // One thread loads every step of this CTA's tiles, as soon as the consumers have left a stage.
 template <typename S>
@@ -227,31 +116,10 @@ __device__ __forceinline__ void store_tile(const float (&acc)[kHalves][16][4],
   }
 }
 
-// What a consumer thread works on: a ring of stages in shared memory.
-template <typename S>
-struct Stages {
-  const unsigned char *tokens, *weights, *table;
+// What weights are decoded by, in shared memory: codes (decode_step) and the map of nested scales.
+struct Tables {
+  const unsigned char* codes;
   const float* map;
-  Mbarrier *full, *empty;
-  Ring<S::kStages> ring;
-
-  __device__ __forceinline__ void wait(const Ring<S::kStages>& at) const {
-#if defined(NF4_PLANT_WRONG_PHASE)
-    mbarrier_wait(full + at.stage, at.parity ^ 1);
-#elif !defined(NF4_PLANT_MISSING_MBARRIER_WAIT)
-    mbarrier_wait(full + at.stage, at.parity);
-#endif
-  }
-  __device__ __forceinline__ void release(int stage) const {
-    __syncwarp();  // all lanes have read
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + stage);
-  }
-  __device__ __forceinline__ const unsigned char* tokens_at(int stage) const {
-    return tokens + stage * S::kTokenStage;
-  }
-  __device__ __forceinline__ const unsigned char* weights_at(int stage) const {
-    return weights + stage * S::kWeightStage;
-  }
 };
 
 // `steps` steps of K with weights decoded from bytes: those of the next step while the products of
@@ -261,15 +129,16 @@ struct Stages {
 template <typename T, typename S>
 __device__ __forceinline__ void multiply_fused(float (&acc)[S::kHalves][16][4],
                                                const HopperArguments& p, Stages<S>& in,
-                                               RowScales<S::kNested>& scales, int steps) {
+                                               const Tables& tables, RowScales<S::kNested>& scales,
+                                               int steps) {
   uint32_t a[2][4][4];
   float scale[2];
   if (steps > 0) {
     scales.load(p);
     in.wait(in.ring);
-    scales.decode(in.map, scale);
+    scales.decode(tables.map, scale);
     if (steps > 1) scales.load(p);
-    decode_step<T>(a[0], in.table, in.weights_at(in.ring.stage), scale);
+    decode_step<T>(a[0], tables.codes, in.weights_at(in.ring.stage), scale);
   }
 #pragma unroll 1
   for (int start = 0; start < steps; start += 2) {
@@ -291,9 +160,9 @@ __device__ __forceinline__ void multiply_fused(float (&acc)[S::kHalves][16][4],
       in.ring.advance();
       if (start + u + 1 < steps) {
         in.wait(in.ring);
-        scales.decode(in.map, scale);
+        scales.decode(tables.map, scale);
         if (start + u + 2 < steps) scales.load(p);
-        decode_step<T>(a[u ^ 1], in.table, in.weights_at(in.ring.stage), scale);
+        decode_step<T>(a[u ^ 1], tables.codes, in.weights_at(in.ring.stage), scale);
       }
 #if !defined(NF4_PLANT_MISSING_WGMMA_WAIT)
       wgmma_wait<0>();
@@ -305,19 +174,14 @@ __device__ __forceinline__ void multiply_fused(float (&acc)[S::kHalves][16][4],
   wgmma_wait<0>();
 }
 
-// `steps` steps of K with 16-bit weights, the products of two steps under way.
+// `steps` steps of K with 16-bit weights.
 template <typename T, typename S>
 __device__ __forceinline__ void multiply_dense(float (&acc)[S::kHalves][16][4], Stages<S>& in,
                                                int steps) {
   const int group = threadIdx.x / 128;
-  int before = 0;
-#pragma unroll 1
-  for (int i = 0; i < steps; ++i) {
-    const int stage = in.ring.stage;
-    const uint64_t x = shared_matrix(in.tokens_at(stage));
-    const uint64_t w = shared_matrix(in.weights_at(stage) + group * 64 * 128);
-    in.wait(in.ring);
-    wgmma_fence();
+  multiply_steps(in, steps, [&](const unsigned char* tokens, const unsigned char* weights) {
+    const uint64_t x = shared_matrix(tokens);
+    const uint64_t w = shared_matrix(weights + group * 64 * 128);
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
 #pragma unroll
@@ -325,16 +189,7 @@ __device__ __forceinline__ void multiply_dense(float (&acc)[S::kHalves][16][4], 
         wgmma_m64n128k16<T>(acc[h], moved(w, c * 32), moved(x, h * 128 * 128 + c * 32));
       }
     }
-    wgmma_commit();
-#if !defined(NF4_PLANT_MISSING_WGMMA_WAIT)
-    wgmma_wait<1>();
-#endif
-    if (i > 0) in.release(before);
-    before = stage;
-    in.ring.advance();
-  }
-  wgmma_wait<0>();
-  if (steps > 0) in.release(before);
+  });
 }
 
 // `steps` steps of 32 ranks from `rank` on. The columns of a stage are, twice, the high parts of 16
@@ -374,7 +229,8 @@ __device__ __forceinline__ void multiply_up(float (&acc)[S::kHalves][16][4],
 
 // All steps of this CTA's tiles by one warpgroup's 64 rows.
 template <typename T, typename S>
-__device__ __forceinline__ void consume(const HopperArguments& p, Stages<S>& in) {
+__device__ __forceinline__ void consume(const HopperArguments& p, const Tables& tables,
+                                        Stages<S>& in) {
   const int64_t count = p.schedule.count(blockIdx.x);
   Cursor at(p.schedule, blockIdx.x);
   for (int64_t done = 0; done < count;) {
@@ -388,7 +244,7 @@ __device__ __forceinline__ void consume(const HopperArguments& p, Stages<S>& in)
       multiply_dense<T, S>(acc, in, k_steps);
     } else {
       RowScales<S::kNested> scales(p, place.feature, at.step);
-      multiply_fused<T, S>(acc, p, in, scales, k_steps);
+      multiply_fused<T, S>(acc, p, in, tables, scales, k_steps);
     }
     const int rank = (at.step + k_steps - p.k_steps) * 32;
     multiply_up<T, S>(acc, p, in, place.feature, rank, steps - k_steps);

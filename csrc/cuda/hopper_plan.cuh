@@ -1,7 +1,7 @@
 // Which of hopper_tile.cu's kernels takes a problem, and what it is given.
 #pragma once
 
-#include "hopper.cuh"
+#include "hopper_ring.cuh"
 #include "lora_down.cuh"
 #include "matmul.cuh"
 #include "schedule.cuh"
@@ -13,17 +13,12 @@ constexpr int kHopperRows = 128;  // of a CTA, 64 for each of its two warpgroups
 constexpr int kHopperStep = 64;   // elements of K: 128 bytes, the width of a swizzled box
 
 template <int kHalves_, bool kDense_, int kStages_, bool kNested_>
-struct HopperTile {
+struct HopperTile : HopperRoles {
   static constexpr int kHalves = kHalves_;  // of 128 tokens
   static constexpr bool kDense = kDense_;
   static constexpr bool kNested = kNested_;  // the fused way: nested scales
   static constexpr int kStages = kStages_;
   static constexpr int kTokens = 128 * kHalves;
-  // Two warpgroups multiply, one thread of a third loads. Threads start with 168 registers each;
-  // the third group gives most of its own to the others, which hold 64 * kHalves sums.
-  static constexpr int kConsumers = 256, kThreads = kConsumers + 128;
-  static constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
-  static_assert(kConsumers * kConsumerRegisters + 128 * kProducerRegisters <= 65536);
   static constexpr int kTokenStage = kTokens * 2 * kHopperStep;
   static constexpr int kWeightStage = kHopperRows * kHopperStep * (kDense ? 4 : 1) / 2;
   // Of the dense way only LoRA's down-projection uses these, before the tiles: it may then work on
@@ -37,7 +32,7 @@ struct HopperTile {
   static_assert(kShared <= 227 * 1024);
 
   struct Fragments {  // as schedule.cuh stores partial results
-    static constexpr int kThreads = kConsumers, kRowTiles = kHalves, kTokenTiles = 16;
+    static constexpr int kThreads = HopperRoles::kConsumers, kRowTiles = kHalves, kTokenTiles = 16;
     static constexpr int kPartial = kHopperRows * kTokens;
   };
 };

@@ -32,13 +32,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   auto* full = carve.take<Mbarrier>(2 * S::kStages);
   Mbarrier* empty = full + S::kStages;
 
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < S::kStages; ++i) {
-      mbarrier_init(full + i, 1);
-      mbarrier_init(empty + i, S::kConsumers / 32);
-    }
-    mbarrier_init_done();
-  }
+  if (threadIdx.x == 0) init_ring<S>(full, empty);
   down_before<T, S>(p, work, table, reinterpret_cast<int*>(map));
   if constexpr (!S::kDense) {
     for (int i = threadIdx.x; i < S::kTable / 16; i += S::kThreads) {
@@ -52,9 +46,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 
   if (threadIdx.x < S::kConsumers) {
     take_registers<S::kConsumerRegisters>();
-    Stages<S> in{tokens, weights, reinterpret_cast<const unsigned char*>(table), map, full,
-                 empty,  {}};
-    consume<T, S>(p, in);
+    Stages<S> in{tokens, weights, full, empty, {}};
+    consume<T, S>(p, Tables{reinterpret_cast<const unsigned char*>(table), map}, in);
   } else {
     give_registers<S::kProducerRegisters>();
     if (threadIdx.x == S::kConsumers) produce<S>(p, work, tokens, weights, full, empty);

@@ -1,0 +1,111 @@
+// What hopper_loop.cuh multiplies from registers: decoded weights, and LoRA's b as two parts.
+#pragma once
+
+#include "hopper_plan.cuh"
+#include "up.cuh"
+
+#if defined(NF4_HOPPER_CODE)
+
+namespace nf4::cuda {
+
+// The scales of a thread's two rows, a step of K at a time, loaded a step ahead. Rows past the last
+// take its scales; nothing reads what comes of them.
+template <bool kNested>
+class RowScales {
+ public:
+  __device__ __forceinline__ RowScales(const HopperArguments& p, int64_t feature, int step) {
+    const auto steps = static_cast<uint32_t>(p.k_steps);
+    const int64_t last = p.n - 1;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = feature + half < last ? feature + half : last;
+      at_[half] = static_cast<uint32_t>(row) * steps + step;
+    }
+    shift_ = p.log2_block - kLog2Step;
+    offset_ = kNested ? p.scales.offset[0] : 0.0f;
+  }
+
+  __device__ __forceinline__ void load(const HopperArguments& p) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t block = at_[half]++ >> shift_;
+      if constexpr (kNested) {
+        code_[half] = static_cast<const uint8_t*>(p.scales.absmax)[block];
+        scale_[half] = p.scales.nested_absmax[block / NF4_NESTED_BLOCK_SIZE];
+      } else {
+        scale_[half] = static_cast<const float*>(p.scales.absmax)[block];
+      }
+    }
+  }
+  __device__ __forceinline__ void decode(const float* map, float (&scale)[2]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      scale[half] = kNested ? map[code_[half]] * scale_[half] + offset_ : scale_[half];
+    }
+  }
+
+ private:
+  static constexpr int kLog2Step = 6;
+  static_assert(1 << kLog2Step == kHopperStep);
+
+  uint32_t at_[2];  // steps of K from the start of the weight
+  int shift_;
+  float offset_;
+  uint32_t code_[2];
+  float scale_[2];
+};
+
+// One step of a warp's 16 rows, as the A fragments of four wgmmas. Lane t of a quad needs byte t of
+// every word. The table has a row of 128 bytes for each byte: 16 copies of its two codes in
+// float32, so that the 16 lanes that are served together never meet in a bank.
+template <typename T>
+__device__ __forceinline__ void decode_step(uint32_t (&a)[4][4], const unsigned char* table,
+                                            const unsigned char* weights, const float (&scale)[2]) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int g = lane / 4, t = lane % 4;
+  const uint32_t column = lane % 16 * 8;
+  const int turn = (8 * t + 25) % 32;  // moves byte t to bits 7 to 14
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const unsigned char* row = weights + (warp * 16 + 2 * g + half) * 32;
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      // TMA's 32-byte swizzle: rows 4 to 7 of each 8 have their 16-byte parts exchanged.
+      const uint4 words = *reinterpret_cast<const uint4*>(row + (part ^ (g / 2 % 2)) * 16);
+      const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t at = and_or(__funnelshift_r(word[i], word[i], turn), 0x7f80, column);
+        const float2 pair = *reinterpret_cast<const float2*>(table + at);
+        a[2 * part + i / 2][i % 2 * 2 + half] =
+            pack2<T>(pair.x * scale[half], pair.y * scale[half]);
+      }
+    }
+  }
+}
+
+template <int kCount>
+__device__ __forceinline__ void pin(uint32_t (&a)[kCount][4]) {
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) wgmma_pin(a[c]);
+}
+
+// The A fragments of 16 ranks of b, as high and low parts.
+template <typename T>
+__device__ __forceinline__ void up_fragments(uint32_t (&high)[4], uint32_t (&low)[4],
+                                             const HopperArguments& p, int64_t feature, int first) {
+  const auto right = [&](int64_t row, int rank) {
+    if (row >= p.n || rank >= p.r) return 0.0f;
+    return element_of(p.right, p.right_dtype, row * p.r + rank);
+  };
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int64_t row = feature + i % 2;
+    const int rank = first + threadIdx.x % 4 * 2 + i / 2 * 8;
+    split2<T>(right(row, rank), right(row, rank + 1), high[i], low[i]);
+  }
+}
+
+}  // namespace nf4::cuda
+
+#endif  // NF4_HOPPER_CODE
