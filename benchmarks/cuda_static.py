@@ -114,6 +114,11 @@ TARGETS = (
         "linear_backward, 128 tokens", "backward_tile",
         r"backward_tile_kernel<__nv_bfloat16, .*Shape<4, 2, 8, 4, true>", "HMMA", 64 * 32,
     ),
+    # A CTA's 256 columns of 64 rows of W, an eighth of them for each of its warps.
+    Target(
+        "linear_backward, wgmma 128 tokens, 16-bit", "hopper_backward",
+        r"hopper_backward_kernel<__nv_bfloat16>", "HGMMA", 256 * 64 // 8, 8.0, ("90a",),
+    ),
     # A warp's 32 tokens by 32 columns of grad_y or x, for 16 ranks.
     Target(
         "lora backward, ds and db", "lora_pass",
@@ -279,6 +284,7 @@ def read_table() -> list[Row]:
 def regressions(rows: list[Row]) -> list[str]:
     """What got worse than the committed table, or is over a limit."""
     limits = {t.name: t.limit for t in TARGETS}
+    wgmma = {t.name for t in TARGETS if t.marker == "HGMMA"}
     committed = {(r.arch, r.loop): r for r in read_table()} if TABLE.exists() else {}
     out = []
     for r in rows:
@@ -289,6 +295,8 @@ def regressions(rows: list[Row]) -> list[str]:
             out.append(f"{where}: {r.spill_bytes} bytes spilled")
         if limit is not None and r.arch == "90a" and r.slots > limit:
             out.append(f"{where}: {r.slots} issue slots per element, at most {limit}")
+        if r.loop in wgmma and r.hgmma == 0:
+            out.append(f"{where}: no wgmma in its loop")
         if before is not None and r.slots > 1.05 * before.slots:
             out.append(f"{where}: {r.slots} issue slots per element, {before.slots} committed")
     return out

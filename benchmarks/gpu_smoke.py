@@ -12,7 +12,8 @@ import nf4
 def _run(backend: str) -> None:
     device = torch.device("cuda")
     with nf4.use_backend(backend):
-        # Blocks of 32 send many tokens through dequantized weights, k = 136 few through float32.
+        # Blocks of 32 send many tokens through dequantized weights, forward and backward; k = 136
+        # sends few through float32.
         shapes = ((96, 136, 1, 64), (128, 256, 17, 64), (200, 320, 130, 64), (136, 128, 90, 32))
         for n, k, m, block_size in shapes:
             w = torch.randn(n, k, device=device, dtype=torch.bfloat16)

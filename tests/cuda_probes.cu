@@ -98,13 +98,17 @@ __global__ void tma_kernel(const __grid_constant__ TensorMap map, uint4* out, in
 #endif
 }
 
-// d [128 threads][64] = w [64, k] x [128, k]^T over steps of 64 of k that reuse one stage; w from
-// shared memory, or as fragments a [step][4][128 threads][4].
-template <typename T, bool kFragments>
+// Where wgmma takes its operands from.
+enum class Source { kFragments, kShared, kSharedByRows };
+
+// d [128 threads][64] = w [64, k] times x over steps of 64 of k that reuse one stage. x is [128, k]
+// or, by rows, [k, 128]; w comes from shared memory or as fragments a [step][4][128 threads][4].
+template <typename T, Source kSource>
 __global__ void __launch_bounds__(128)
     wgmma_kernel(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,
                  const uint32_t* a, float* d, int steps) {
 #if defined(NF4_HOPPER_CODE)
+  constexpr bool kFragments = kSource == Source::kFragments;
   Carve carve;
   auto* x = carve.take<unsigned char>(16384, 1024);
   auto* w = carve.take<unsigned char>(8192, 1024);
@@ -118,7 +122,12 @@ __global__ void __launch_bounds__(128)
   for (int step = 0; step < steps; ++step) {
     if (threadIdx.x == 0) {
       mbarrier_arrive_expect(barrier, 16384 + 8192);
-      tma_load(x, x_map, barrier, step * 64, 0);
+      if constexpr (kSource == Source::kSharedByRows) {
+        tma_load(x, x_map, barrier, 0, step * 64);
+        tma_load(x + 8192, x_map, barrier, 64, step * 64);
+      } else {
+        tma_load(x, x_map, barrier, step * 64, 0);
+      }
       tma_load(w, w_map, barrier, step * 64, 0);
     }
     uint32_t own[4][4] = {};
@@ -135,10 +144,14 @@ __global__ void __launch_bounds__(128)
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       const uint64_t b = moved(shared_matrix(x), c * 32);
+      const uint64_t from_shared = moved(shared_matrix(w), c * 32);
       if constexpr (kFragments) {
         wgmma_m64n128k16<T>(acc, own[c], b);
+      } else if constexpr (kSource == Source::kShared) {
+        wgmma_m64n128k16<T>(acc, from_shared, b);
       } else {
-        wgmma_m64n128k16<T>(acc, moved(shared_matrix(w), c * 32), b);
+        wgmma_m64n128k16<T, true>(acc, from_shared,
+                                  moved(shared_matrix_by_rows(x, 8192), c * 2048));
       }
     }
     wgmma_commit();
@@ -154,15 +167,40 @@ __global__ void __launch_bounds__(128)
 }
 
 template <typename T>
-int wgmma_probe(const void* x, const void* w, const uint32_t* a, float* d, int64_t k) {
-  const auto columns = static_cast<uint64_t>(k);
+int wgmma_probe(const void* x, const void* w, const uint32_t* a, float* d, int64_t k,
+                bool by_rows) {
   TensorMap x_map, w_map;
-  int status = encode({x, 2, 2, {columns, 128}, {columns * 2}, {64, 128}, Swizzle::k128}, &x_map);
+  int status =
+      by_rows ? encode_matrix(x, k, 128, 64, &x_map) : encode_matrix(x, 128, k, 128, &x_map);
+  if (status == 0) status = encode_matrix(w, 64, k, 64, &w_map);
   if (status != 0) return status;
-  status = encode({w, 2, 2, {columns, 64}, {columns * 2}, {64, 64}, Swizzle::k128}, &w_map);
-  if (status != 0) return status;
-  return launch(a != nullptr ? wgmma_kernel<T, true> : wgmma_kernel<T, false>, dim3(1), dim3(128),
-                16384 + 8192 + 16, nullptr, x_map, w_map, a, d, static_cast<int>((k + 63) / 64));
+  return launch(by_rows        ? wgmma_kernel<T, Source::kSharedByRows>
+                : a != nullptr ? wgmma_kernel<T, Source::kFragments>
+                               : wgmma_kernel<T, Source::kShared>,
+                dim3(1), dim3(128), 16384 + 8192 + 16, nullptr, x_map, w_map, a, d,
+                static_cast<int>((k + 63) / 64));
+}
+
+// d [128 threads][64] = a [64, 16] b [16, 128] of a shared memory that holds `image` as it is, b in
+// its first 16 KiB: where shared_matrix_by_rows says that b's elements lie, without TMA.
+__global__ void __launch_bounds__(128)
+    wgmma_image_kernel(const uint4* image, float* d, int to_next) {
+#if defined(NF4_HOPPER_CODE)
+  Carve carve;
+  auto* shared = carve.take<uint4>(1536, 1024);
+  for (int i = threadIdx.x; i < 1536; i += 128) shared[i] = image[i];
+  fence_async_shared();
+  __syncthreads();
+  float acc[16][4] = {};
+  wgmma_fence();
+  wgmma_m64n128k16<__nv_bfloat16, true>(acc, shared_matrix(shared + 1024),
+                                        shared_matrix_by_rows(shared, to_next));
+  wgmma_commit();
+  wgmma_wait<0>();
+  wgmma_results(acc);
+#pragma unroll
+  for (int i = 0; i < 64; ++i) d[threadIdx.x * 64 + i] = acc[i / 4][i % 4];
+#endif
 }
 
 }  // namespace
@@ -217,9 +255,15 @@ int probe_tma_128(const void* in, void* out, int64_t rows, int64_t columns, int 
                      : launch(tma_kernel, dim3(1), dim3(32), 16384 + 16, nullptr, map,
                               static_cast<uint4*>(out), 16384, 4, c0, 0, c3);
 }
-int probe_wgmma(const void* x, const void* w, const void* a, void* d, int64_t k, int is_bf16) {
+int probe_wgmma(const void* x, const void* w, const void* a, void* d, int64_t k, int is_bf16,
+                int by_rows) {
   const auto* fragments = static_cast<const uint32_t*>(a);
-  return is_bf16 ? wgmma_probe<__nv_bfloat16>(x, w, fragments, static_cast<float*>(d), k)
-                 : wgmma_probe<__half>(x, w, fragments, static_cast<float*>(d), k);
+  auto* out = static_cast<float*>(d);
+  return is_bf16 ? wgmma_probe<__nv_bfloat16>(x, w, fragments, out, k, by_rows)
+                 : wgmma_probe<__half>(x, w, fragments, out, k, by_rows);
+}
+int probe_wgmma_image(const void* image, void* d, int to_next) {
+  return launch(wgmma_image_kernel, dim3(1), dim3(128), 24576, nullptr,
+                static_cast<const uint4*>(image), static_cast<float*>(d), to_next);
 }
 }

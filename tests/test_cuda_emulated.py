@@ -62,7 +62,7 @@ def test_ops_pass_the_shared_tests(mode: str) -> None:
 @needs_emulation
 def test_many_tokens_before_and_after_hopper() -> None:
     """What sm_90a sends to wgmma goes through mma.sync everywhere else."""
-    cases = "131x or 270x or 140x or 150x or 130x"
+    cases = "131x or 270x or 140x or 150x or 130x or 257x or 260x"
     result = run_pytest(
         "asan", build.build("asan"), "-k", cases, str(HERE / "test_cuda_tiles.py"), device="3:80"
     )
@@ -121,6 +121,10 @@ PLANTS = [
     ("WRONG_PHASE", "asan", "hopper", MBARRIER_WAIT),
     ("WRONG_PHASE", "race", "hopper", MBARRIER_WAIT),
     ("WRONG_PHASE", "race", "dense", MBARRIER_WAIT),
+    # dx: W read as if the reduction ran along its rows, and the same waits.
+    ("WRONG_TRANSPOSE", "asan", "dx values", r"out of bounds of a shared array|dx: \d+ of"),
+    ("MISSING_WGMMA_WAIT", "asan", "dx", WGMMA_WAIT),
+    ("MISSING_MBARRIER_WAIT", "race", "dx", MBARRIER_WAIT),
     # Who reads s without waiting for the CTAs that compute it.
     ("MISSING_TASK_WAIT", "race", "lora", r"global memory: race"),
     # The barrier between landing and reading in the pass over grad_y and x.
@@ -134,6 +138,8 @@ PLANTED_TESTS = {
     "linear": ("linear", "test_two_runs_are_equal and cuda and bfloat16"),
     "hopper": ("cuda_tiles", "140x33x640 and bfloat16"),
     "dense": ("cuda_tiles", "90x150x520 and bfloat16"),
+    "dx values": ("cuda_tiles", "70x200x328 and bfloat16"),
+    "dx": ("cuda_tiles", "dx_of_a_shared_tile"),
     "lora": ("cuda_tiles", "test_cuda_linear_lora and 3x136x320"),
     "pass": ("cuda_tiles", "test_cuda_linear_lora and 40x264x192"),
 }

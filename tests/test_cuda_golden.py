@@ -195,7 +195,7 @@ def test_tma_of_even_and_odd_rows(hopper: Probes, at: tuple[int, int]) -> None:
     assert torch.equal(out.cpu(), swizzled(box.contiguous().view(torch.uint8)))
 
 
-@pytest.mark.parametrize("source", ["registers", "shared"])
+@pytest.mark.parametrize("source", ["registers", "shared", "shared by rows"])
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_wgmma(hopper: Probes, dtype: torch.dtype, source: str) -> None:
     """Three steps of 64 through one stage by TMA, the last one ragged: k = 152."""
@@ -208,11 +208,40 @@ def test_wgmma(hopper: Probes, dtype: torch.dtype, source: str) -> None:
         padded[:, :k] = w
         blocks = padded.view(4, 16, 12, 16).permute(2, 0, 1, 3)  # [k block, warp, 16, 16]
         fragments = a_fragments(blocks).contiguous().to(hopper.device)
+    by_rows = source == "shared by rows"
 
-    inputs = x.to(hopper.device), w.to(hopper.device)
-    hopper.call("wgmma", *inputs, fragments, out, c_int64(k), int(dtype is BF16))
+    inputs = (x.t().contiguous() if by_rows else x).to(hopper.device), w.to(hopper.device)
+    hopper.call("wgmma", *inputs, fragments, out, c_int64(k), int(dtype is BF16), int(by_rows))
 
-    exact = (w.double() @ x.double().t()).view(4, 16, 16, 8)  # [warp, row, column block, column]
+    exact = w.double() @ x.double().t()
+    torch.testing.assert_close(out.cpu().double(), wgmma_fragments(exact), rtol=0, atol=1e-3)
+
+
+def wgmma_fragments(d: Tensor) -> Tensor:
+    """[64, 128] -> [4 warps, 32 lanes, 16 column blocks, 4 registers]."""
     rows, columns = c_indices()
-    expected = exact[:, rows, :, columns].permute(2, 0, 3, 1)  # [warp, lane, block, register]
-    torch.testing.assert_close(out.cpu().double(), expected, rtol=0, atol=1e-3)
+    blocks = d.view(4, 16, 16, 8)  # [warp, row, column block, column]
+    return blocks[:, rows, :, columns].permute(2, 0, 3, 1)
+
+
+@pytest.mark.parametrize("to_next", [2048, 8192])
+def test_wgmma_reads_rows_where_the_manual_says(hopper: Probes, to_next: int) -> None:
+    """The canonical layout of an MN-major operand with a 128-byte swizzle, byte by byte.
+
+    ((T, 8, m), (8, k)) : ((1, T, LBO), (8 T, SBO)) with T = 8 elements, then Swizzle<3, 4, 3>: bits
+    4 to 6 of the offset are exclusive-ored with bits 7 to 9.
+    """
+    a, b = torch.randn(64, 16, dtype=BF16), torch.randn(16, 128, dtype=BF16)
+    image = torch.zeros(3 * 4096, dtype=torch.int16)  # elements of 24 KiB
+    n, k = torch.arange(128)[None, :], torch.arange(16)[:, None]
+    offset = n % 64 * 2 + n // 64 * to_next + k % 8 * 128 + k // 8 * 1024
+    image[(offset ^ (offset >> 7 & 7) << 4) // 2] = b.view(torch.int16)
+    rows = torch.zeros(64, 64, dtype=BF16)
+    rows[:, :16] = a
+    image[8192:] = swizzled(rows.view(torch.uint8)).view(torch.int16).flatten()
+    out = torch.empty(4, 32, 16, 4, device=hopper.device)
+
+    hopper.call("wgmma_image", image.to(hopper.device), out, to_next)
+
+    exact = a.double() @ b.double()
+    torch.testing.assert_close(out.cpu().double(), wgmma_fragments(exact), rtol=0, atol=1e-4)

@@ -32,6 +32,10 @@ SHAPES = [
     Matmul((90,), 150, 520, block_size=32, nested=True, bias=True),
     Matmul((258,), 77, 72, format="dynamic8", nested=True),
     Matmul((4100,), 24, 64),
+    # dx on Hopper: from 256 tokens on, and earlier where no other tensor-core kernel takes it;
+    # several tiles in both directions, a ragged end of tokens, n and k.
+    Matmul((257,), 136, 576, nested=True),
+    Matmul((70,), 200, 328, block_size=32),
 ]
 
 
@@ -94,7 +98,24 @@ LORAS = [
     # ragged end of each; n % 8 != 0 takes float32 for grad_y and tensor cores for x.
     Lora(Matmul((300,), 520, 320), BF16, 33, F32, 0.1),
     Lora(Matmul((129,), 36, 264, block_size=32), F16, 5, None, 0.3),
+    # dx on Hopper with the adapter's ranks first: one step and several, masked.
+    Lora(Matmul((260,), 64, 320), BF16, 8, None, 0.1),
+    Lora(Matmul((258,), 72, 264, nested=True), F16, 72, F32, 0.3),
+    # So many steps that three CTAs share the only tile.
+    Lora(Matmul((66,), 2760, 40, block_size=32), BF16, 16, F32, 0.2),
 ]
+
+
+def test_cuda_dx_of_a_shared_tile_is_deterministic(cuda_device: torch.device) -> None:
+    case = LORAS[-1].base
+    weight, _ = case.weight(cuda_device)
+    grad_y = torch.randn(case.m, case.n, dtype=BF16, device=cuda_device)
+    with nf4.use_backend("cuda"):
+        dx = [
+            op("linear_backward")(grad_y, *weight, case.k, case.block_size, case.format_id)
+            for _ in range(2)
+        ]
+    assert torch.equal(*dx)
 
 
 @pytest.mark.parametrize("case", LORAS, ids=str)

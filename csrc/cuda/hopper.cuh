@@ -29,6 +29,13 @@ inline uint32_t shared_address(const void* pointer) { return emulation::shared_o
 
 #if defined(NF4_HOPPER_CODE)
 
+// fence.proxy.async: what this thread wrote to shared memory before what asynchronous units read.
+__device__ __forceinline__ void fence_async_shared() {
+#if !defined(NF4_EMULATE)
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+#endif
+}
+
 // mbarrier.init: a phase ends after `arrivals` arrivals and all bytes that they expect. One thread
 // initializes; mbarrier_init_done by the same thread and a __syncthreads come before any use.
 __device__ __forceinline__ void mbarrier_init(Mbarrier* barrier, int arrivals, NF4_SITE) {
@@ -43,8 +50,8 @@ __device__ __forceinline__ void mbarrier_init(Mbarrier* barrier, int arrivals, N
 __device__ __forceinline__ void mbarrier_init_done() {
 #if !defined(NF4_EMULATE)
   asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
-  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
 #endif
+  fence_async_shared();
 }
 
 // mbarrier.arrive: releases what this thread did before.
@@ -133,6 +140,20 @@ __device__ __forceinline__ uint64_t shared_matrix(const void* columns) {
          uint64_t{1} << 62;
 }
 
+// The descriptor of 16 rows in shared memory, of 128 columns, whose reduction runs over the rows
+// (the PTX ISA calls it MN-major): blocks of 64 columns, each from rows of 128 bytes as above, with
+// `to_next` bytes from one block to the next. Such a matrix has both offsets: the leading one from
+// block to block, the stride one, 1024 bytes, from one group of 8 rows to the next. So say the PTX
+// ISA ("Major-ness supported by Strides", canonical layout of the 128-byte swizzle
+// ((T,8,m),(8,k)):((1,T,LBO),(8T,SBO)) with T = 8) and, in the same words, CUTLASS's
+// make_gmma_desc<Major::MN>; ThunderKittens' MN-major descriptors hold the same two numbers. 16
+// rows on are 2048 bytes on.
+__device__ __forceinline__ uint64_t shared_matrix_by_rows(const void* rows, int to_next) {
+  return (shared_address(rows) & 0x3ffff) >> 4 |
+         uint64_t{static_cast<uint32_t>(to_next) >> 4} << 16 | uint64_t{1024 >> 4} << 32 |
+         uint64_t{1} << 62;
+}
+
 // The same matrix `bytes` further on, without touching the high half of its descriptor.
 __device__ __forceinline__ uint64_t moved(uint64_t matrix, int bytes) {
   const auto low = static_cast<uint32_t>(matrix) + static_cast<uint32_t>(bytes / 16);
@@ -218,54 +239,54 @@ __device__ __forceinline__ void wgmma_results(float (&d)[16][4]) {
 // wgmma.m64n128k16, fp32 accumulators: d += a b^T for a warpgroup of 128 threads, asynchronously.
 // Warp w has rows 16 w to 16 w + 15 of a and d, in the layout of mma.m16n8k16 (ptx.cuh): d[j] is
 // the fragment of columns 8 j to 8 j + 7. a comes from registers or, like b [128 rows of 16], as a
-// shared_matrix [64 rows of 16].
+// shared_matrix [64 rows of 16]; then b may also be a shared_matrix_by_rows [16 rows of 128].
+#define NF4_WGMMA(type, a_operand, b_operand, transposes, ...)                                \
+  asm volatile(                                                                               \
+      "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"                                              \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " NF4_R64 ", " a_operand \
+      ", " b_operand ", p, 1, 1, " transposes ";\n}\n"                                        \
+      : NF4_F64(d)                                                                            \
+      : __VA_ARGS__                                                                           \
+      : "memory")
 template <typename T>
 __device__ __forceinline__ void wgmma_m64n128k16(float (&d)[16][4], const uint32_t (&a)[4],
                                                  uint64_t b, NF4_SITE) {
+  constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
 #if defined(NF4_EMULATE)
-  emulation::Wgmma payload{&d[0][0], a, 0, b, std::is_same_v<T, __nv_bfloat16>};
+  emulation::Wgmma payload{&d[0][0], a, 0, b, kBf16, false};
   emulation::warp_collective(emulation::wgmma, &payload, file, line);
 #else
-#define NF4_WGMMA(type)                                                        \
-  asm volatile(                                                                \
-      "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"                               \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " NF4_R64 \
-      ", {%64, %65, %66, %67}, %68, p, 1, 1, 0;\n}\n"                          \
-      : NF4_F64(d)                                                             \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)                     \
-      : "memory")
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    NF4_WGMMA("bf16");
+#define NF4_FRAGMENTS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
+  if constexpr (kBf16) {
+    NF4_WGMMA("bf16", "{%64, %65, %66, %67}", "%68", "0", NF4_FRAGMENTS);
   } else {
-    NF4_WGMMA("f16");
+    NF4_WGMMA("f16", "{%64, %65, %66, %67}", "%68", "0", NF4_FRAGMENTS);
   }
-#undef NF4_WGMMA
+#undef NF4_FRAGMENTS
 #endif
 }
-template <typename T>
+template <typename T, bool kByRows = false>
 __device__ __forceinline__ void wgmma_m64n128k16(float (&d)[16][4], uint64_t a, uint64_t b,
                                                  NF4_SITE) {
+  constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
 #if defined(NF4_EMULATE)
-  emulation::Wgmma payload{&d[0][0], nullptr, a, b, std::is_same_v<T, __nv_bfloat16>};
+  emulation::Wgmma payload{&d[0][0], nullptr, a, b, kBf16, kByRows};
   emulation::warp_collective(emulation::wgmma, &payload, file, line);
 #else
-#define NF4_WGMMA(type)                                                        \
-  asm volatile(                                                                \
-      "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"                               \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " NF4_R64 \
-      ", %64, %65, p, 1, 1, 0, 0;\n}\n"                                        \
-      : NF4_F64(d)                                                             \
-      : "l"(a), "l"(b)                                                         \
-      : "memory")
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    NF4_WGMMA("bf16");
+  // The last two immediates: a by rows, b by rows.
+  if constexpr (kBf16 && kByRows) {
+    NF4_WGMMA("bf16", "%64", "%65", "0, 1", "l"(a), "l"(b));
+  } else if constexpr (kBf16) {
+    NF4_WGMMA("bf16", "%64", "%65", "0, 0", "l"(a), "l"(b));
+  } else if constexpr (kByRows) {
+    NF4_WGMMA("f16", "%64", "%65", "0, 1", "l"(a), "l"(b));
   } else {
-    NF4_WGMMA("f16");
+    NF4_WGMMA("f16", "%64", "%65", "0, 0", "l"(a), "l"(b));
   }
-#undef NF4_WGMMA
 #endif
 }
 
+#undef NF4_WGMMA
 #undef NF4_F4
 #undef NF4_F16
 #undef NF4_F64

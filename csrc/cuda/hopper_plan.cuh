@@ -64,6 +64,11 @@ constexpr int64_t kHopperTokens = 65;
 // serves wgmma for 256; decoding adds up to 192 (128 for 64 table look-ups of 8 bytes a lane, 64
 // for the words), the dense way only 64 (rows of weights).
 constexpr int64_t kDenseTokens = 4096;
+// dx (hopper_backward.cu): from here on wgmma on weights that are dequantized first. A weight then
+// costs an SM 2.5 bytes at 16.5 a clock, 0.15 clocks, and M / 2048 for its products. Of 128 tokens,
+// backward_tile.cu decodes each weight for 64 in 8.8 issue slots (cuda_static.csv), so it does at
+// most 64 * 128 / 8.8 = 930 products a clock: M / 930. They meet at M = 260.
+constexpr int64_t kBackwardTokens = 256;
 // Tiles of 128 tokens decode each weight twice as often, and then shared memory (128 + 192 of 256
 // clocks) is the limit: 1.25 times slower a token. They win where they leave fewer tokens empty.
 inline bool wants_halves(int64_t m) {

@@ -69,18 +69,12 @@ __global__ void __launch_bounds__(S::kConsumers)
 #endif
 }
 
-// s [m, r] in float -> for each 16 ranks, the high 16-bit parts of s * scaling and the low ones.
+// Splits s, where another launch computed it.
 template <typename T>
 __global__ void __launch_bounds__(256)
-    hopper_split_kernel(const float* __restrict__ s, uint32_t* __restrict__ out, int64_t m, int r,
-                        int padded, float scaling) {
+    hopper_split_kernel(Up up, uint32_t* __restrict__ out, int64_t m, int padded) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
-  const int64_t token = i / (padded / 2);
-  if (token >= m) return;
-  const auto pair = static_cast<int>(i % (padded / 2));
-  const auto value = [&](int rank) { return rank < r ? s[token * r + rank] * scaling : 0.0f; };
-  uint32_t* to = out + token * padded + pair / 8 * 16 + pair % 8;
-  split2<T>(value(2 * pair), value(2 * pair + 1), to[0], to[8]);
+  if (i < m * (padded / 2)) split_left<T>(up, out, i, padded);
 }
 
 // Workspace: counters, weights (rows padded to 16), the parts of s, partial results.
@@ -111,10 +105,8 @@ Workspace workspace_of(const Matmul& p) {
 // The tensor maps of a problem; a CUDA status.
 template <typename S>
 int encode_maps(const Matmul& p, const void* dense, const void* left, HopperArguments* a) {
-  const auto m = static_cast<uint64_t>(p.m), n = static_cast<uint64_t>(p.weight.n);
-  const auto k = static_cast<uint64_t>(p.weight.k);
-  int status = encode({p.in, 2, 2, {k, m}, {k * 2}, {kHopperStep, S::kTokens}, Swizzle::k128},
-                      &a->token_map);
+  const auto n = static_cast<uint64_t>(p.weight.n), k = static_cast<uint64_t>(p.weight.k);
+  int status = encode_matrix(p.in, p.m, p.weight.k, S::kTokens, &a->token_map);
   if (status != 0) return status;
   if (S::kDense) {
     // Of each 16 rows first the even, then the odd ones: the permutation of `Place`.
@@ -132,9 +124,7 @@ int encode_maps(const Matmul& p, const void* dense, const void* left, HopperArgu
         &a->weight_map);
   }
   if (status != 0 || left == nullptr) return status;
-  const auto columns = static_cast<uint64_t>(2 * padded_ranks(p.up));
-  return encode({left, 2, 2, {columns, m}, {columns * 2}, {kHopperStep, S::kTokens}, Swizzle::k128},
-                &a->left_map);
+  return encode_matrix(left, p.m, 2 * padded_ranks(p.up), S::kTokens, &a->left_map);
 }
 
 }  // namespace
@@ -191,8 +181,8 @@ int hopper_forward(const Matmul& p, void* workspace, cudaStream_t stream) {
     if (status == 0) status = clear_counters(work, stream);
     if (status == 0 && left != nullptr && work.tasks == 0) {
       const auto blocks = static_cast<unsigned>((p.m * a.padded / 2 + 255) / 256);
-      status = launch(hopper_split_kernel<T>, dim3(blocks), dim3(256), 0, stream, p.up.left,
-                      static_cast<uint32_t*>(left), p.m, p.up.r, a.padded, p.up.scaling);
+      status = launch(hopper_split_kernel<T>, dim3(blocks), dim3(256), 0, stream, p.up,
+                      static_cast<uint32_t*>(left), p.m, a.padded);
     }
     if (status != 0) return status;
     status = launch(hopper_tile_kernel<T, S>, dim3(a.schedule.ctas), dim3(S::kThreads), S::kShared,

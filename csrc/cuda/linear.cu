@@ -45,10 +45,15 @@ int forward(Matmul p, void* workspace, cudaStream_t stream) {
   return tile ? tile_forward(p, workspace, stream) : general_forward(p, stream);
 }
 size_t backward_workspace(const Matmul& p) {
-  return tile_backward_takes(p) ? tile_backward_workspace(p) : 0;
+  const size_t hopper = hopper_backward_takes(p) ? hopper_backward_workspace(p) : 0;
+  return std::max(hopper, tile_backward_takes(p) ? tile_backward_workspace(p) : 0);
 }
 int backward(const Matmul& p, void* workspace, cudaStream_t stream) {
   if (p.m == 0 || p.weight.k == 0) return 0;
+  if (hopper_backward_takes(p)) {
+    const int status = hopper_backward(p, workspace, stream);
+    if (status != cudaErrorNotSupported) return status;
+  }
   return tile_backward_takes(p) ? tile_backward(p, workspace, stream) : general_backward(p, stream);
 }
 

@@ -65,6 +65,10 @@ int group_forward(const Matmul* members, int count, void* workspace, cudaStream_
 bool hopper_forward_takes(const Matmul& p);
 size_t hopper_forward_workspace(const Matmul& p);
 int hopper_forward(const Matmul& p, void* workspace, cudaStream_t stream);
+// The same for dx (hopper_backward.cu): also n % 8 == 0, and more tokens.
+bool hopper_backward_takes(const Matmul& p);
+size_t hopper_backward_workspace(const Matmul& p);
+int hopper_backward(const Matmul& p, void* workspace, cudaStream_t stream);
 
 // Everything else, in float32 FMA (linear_general.cu).
 int general_forward(const Matmul& p, cudaStream_t stream);

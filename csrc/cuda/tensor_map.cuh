@@ -61,4 +61,13 @@ inline int encode(const TensorBox& t, TensorMap* map) {
 #endif
 }
 
+// The map of a 16-bit matrix [rows, columns] whose box is box_rows by 64 columns: 128 bytes,
+// swizzled.
+inline int encode_matrix(const void* base, int64_t rows, int64_t columns, int box_rows,
+                         TensorMap* map) {
+  const auto height = static_cast<uint64_t>(rows), width = static_cast<uint64_t>(columns);
+  const auto box = static_cast<uint32_t>(box_rows);
+  return encode({base, 2, 2, {width, height}, {width * 2}, {64, box}, Swizzle::k128}, map);
+}
+
 }  // namespace nf4::cuda

@@ -21,6 +21,19 @@ __device__ __forceinline__ float element_of(const void* p, int dtype, int64_t i)
   return to_float(static_cast<const __nv_bfloat16*>(p)[i]);
 }
 
+// The `i`-th pair of ranks of up.left [m, r] * scaling, in out [m][2 padded]: of each 16 ranks,
+// padded with zeros, the high 16-bit parts and then the low ones.
+template <typename T>
+__device__ __forceinline__ void split_left(const Up& up, uint32_t* out, int64_t i, int padded) {
+  const int64_t token = i / (padded / 2);
+  const auto pair = static_cast<int>(i % (padded / 2));
+  const auto value = [&](int rank) {
+    return rank < up.r ? up.left[token * up.r + rank] * up.scaling : 0.0f;
+  };
+  uint32_t* to = out + token * padded + pair / 8 * 16 + pair % 8;
+  split2<T>(value(2 * pair), value(2 * pair + 1), to[0], to[8]);
+}
+
 // acc[row tile][token tile] += right left^T * scaling, over ranks in steps of 16.
 // `feature(rt, half)` is the output column of fragment row g + 8 * half, `token(tt)` the token of
 // fragment column g. Forward reads right[feature * r + rank], backward right[rank * columns +

@@ -91,6 +91,7 @@ struct Wgmma {
   const uint32_t* a;  // [4]; null: a_matrix
   uint64_t a_matrix, b_matrix;
   bool is_bf16;
+  bool b_by_rows;
 };
 void wgmma(void* const (&payload)[32]);
 void wgmma_fence(void* const (&payload)[32]);

@@ -34,11 +34,12 @@ struct Product {
   float* d[32];
   const uint32_t* a[32];  // null: a_matrix
   uint64_t a_matrix, b_matrix;
-  bool is_bf16;
+  bool is_bf16, b_by_rows;
 
   bool same_operands(const Product& other) const {
     return a_matrix == other.a_matrix && b_matrix == other.b_matrix &&
-           (a[0] == nullptr) == (other.a[0] == nullptr) && is_bf16 == other.is_bf16;
+           (a[0] == nullptr) == (other.a[0] == nullptr) && is_bf16 == other.is_bf16 &&
+           b_by_rows == other.b_by_rows;
   }
 };
 

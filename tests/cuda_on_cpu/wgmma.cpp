@@ -11,21 +11,47 @@ constexpr int kColumns = 128;
 
 WarpProducts& products() { return async_state().warps[g_thread->id / 32]; }
 
-// Row `row` of a matrix of 16 columns in shared memory, as the PTX ISA describes matrices stored by
-// rows with a 128-byte swizzle: the address counts rows of 128 bytes in groups of 8, and its bits 4
-// to 6 are exclusive-ored with bits 7 to 9.
+// A matrix of 16 columns in shared memory, as the PTX ISA describes those with a 128-byte swizzle:
+// stored by columns of the reduction (K-major), the address counts rows of 128 bytes in groups of
+// 8; stored by rows of it (MN-major), each row of the reduction has 128 bytes of a block of 64 rows
+// of the matrix, 8 of these make a group, and blocks lie the leading offset apart. Either way bits
+// 4 to 6 of the address are exclusive-ored with bits 7 to 9.
 struct SharedMatrix {
   uint64_t descriptor;
+  bool by_rows;
 
-  size_t offset(int row, int byte) const {
-    const size_t start = (descriptor & 0x3fff) << 4, group = (descriptor >> 32 & 0x3fff) << 4;
-    const size_t linear = start + row / 8 * group + row % 8 * 128 + byte;
-    return linear ^ (linear >> 7 & 7) << 4;
+  size_t start() const { return (descriptor & 0x3fff) << 4; }
+  size_t leading() const { return (descriptor >> 16 & 0x3fff) << 4; }
+  size_t group() const { return (descriptor >> 32 & 0x3fff) << 4; }
+  size_t offset(int row, int column) const {
+    const size_t linear =
+        by_rows ? row / 64 * leading() + row % 64 * 2 + column / 8 * group() + column % 8 * 128
+                : row / 8 * group() + row % 8 * 128 + column * 2;
+    return (start() + linear) ^ ((start() + linear) >> 7 & 7) << 4;
   }
   uint16_t element(int row, int column) const {
     uint16_t bits;
-    std::memcpy(&bits, g_arena + offset(row, 2 * column), 2);
+    std::memcpy(&bits, g_arena + offset(row, column), 2);
     return bits;
+  }
+  // Calls `body(address)` for every 16 bytes of these rows.
+  template <typename Body>
+  void each_piece(int rows, int first_row, const Body& body) const {
+    for (int row = first_row; row < first_row + rows; row += by_rows ? 8 : 1) {
+      for (int column = 0; column < 16; column += by_rows ? 1 : 8) {
+        body(g_arena + offset(row, column));
+      }
+    }
+  }
+  // Whether these bytes meet a group that the matrix has a part of.
+  bool overlaps(int rows, const unsigned char* p, size_t bytes) const {
+    const int groups = by_rows ? rows / 64 * 2 : rows / 8;
+    for (int i = 0; i < groups; ++i) {
+      const unsigned char* begin = g_arena + start() / 128 * 128 +
+                                   (by_rows ? i / 2 * leading() + i % 2 * group() : i * group());
+      if (p < begin + 1024 && begin < p + bytes) return true;
+    }
+    return false;
   }
   // False after a report of what a product may not read now.
   bool check(int rows, int first_row) const {
@@ -35,26 +61,27 @@ struct SharedMatrix {
     }
     Thread* self = g_thread;
     g_thread = &g_block->threads[self->id / 32 * 32];
-    for (int row = first_row; row < first_row + rows; ++row) {
-      for (int byte = 0; byte < 32; byte += 16) {
-        const unsigned char* p = g_arena + offset(row, byte);
-        const char* what = check_async_operand(p, 16);
-        if (what != nullptr) {
-          report("wgmma of warp %d reads bytes: %s", self->id / 32, what);
-          g_thread = self;
-          return false;
-        }
+    bool allowed = true;
+    each_piece(rows, first_row, [&](const unsigned char* p) {
+      if (!allowed) return;
+      if (const char* what = check_async_operand(p, 16)) {
+        report("wgmma of warp %d reads bytes: %s", self->id / 32, what);
+        allowed = false;
+      } else {
         checker_access(p, 16, false, __builtin_return_address(0));
       }
-    }
+    });
     g_thread = self;
-    return true;
+    return allowed;
   }
 };
 
+SharedMatrix a_of(const Product& p) { return {p.a_matrix, false}; }
+SharedMatrix b_of(const Product& p) { return {p.b_matrix, p.b_by_rows}; }
+
 bool check_operands(const Product& p) {
-  return SharedMatrix{p.b_matrix}.check(kColumns, 0) &&
-         (p.a[0] != nullptr || SharedMatrix{p.a_matrix}.check(16, g_thread->id / 32 % 4 * 16));
+  return b_of(p).check(kColumns, 0) &&
+         (p.a[0] != nullptr || a_of(p).check(16, g_thread->id / 32 % 4 * 16));
 }
 
 void compute(const Product& p, WarpProducts& warp) {
@@ -74,13 +101,13 @@ void compute(const Product& p, WarpProducts& warp) {
     const int first = g_thread->id / 32 % 4 * 16;
     for (int row = 0; row < 16; ++row) {
       for (int k = 0; k < 16; ++k) {
-        a[row][k] = element(SharedMatrix{p.a_matrix}.element(first + row, k), 0, p.is_bf16);
+        a[row][k] = element(a_of(p).element(first + row, k), 0, p.is_bf16);
       }
     }
   }
   for (int column = 0; column < kColumns; ++column) {
     for (int k = 0; k < 16; ++k) {
-      b[k][column] = element(SharedMatrix{p.b_matrix}.element(column, k), 0, p.is_bf16);
+      b[k][column] = element(b_of(p).element(column, k), 0, p.is_bf16);
     }
   }
   for (int row = 0; row < 16; ++row) {
@@ -124,6 +151,7 @@ void wgmma(void* const (&payload)[32]) {
   p.a_matrix = first.a_matrix;
   p.b_matrix = first.b_matrix;
   p.is_bf16 = first.is_bf16;
+  p.b_by_rows = first.b_by_rows;
   for (int lane = 0; lane < 32; ++lane) {
     const Wgmma& w = *static_cast<const Wgmma*>(payload[lane]);
     p.d[lane] = w.d;
@@ -175,13 +203,9 @@ void wgmma_wait(void* const (&payload)[32]) {
 }
 
 bool products_read(const unsigned char* p, size_t bytes) {
-  const auto overlaps = [&](uint64_t descriptor, int rows) {
-    const unsigned char* begin = g_arena + ((descriptor & 0x3fff) << 4) / 128 * 128;
-    return p < begin + rows * 128 && begin < p + bytes;
-  };
   const auto reads = [&](const Product& product) {
-    return overlaps(product.b_matrix, kColumns) ||
-           (product.a[0] == nullptr && overlaps(product.a_matrix, 64));
+    return b_of(product).overlaps(kColumns, p, bytes) ||
+           (product.a[0] == nullptr && a_of(product).overlaps(64, p, bytes));
   };
   for (const WarpProducts& warp : async_state().warps) {
     for (const Product& product : warp.open) {
