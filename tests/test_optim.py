@@ -10,7 +10,15 @@ import torch
 from cases import DTYPES, dtype_id, skip_if_emulated
 from torch import Tensor, nn
 
-from nf4.optim import AdamW, AdamW8bit, AdamW32bit, PagedAdamW, PagedAdamW8bit, PagedAdamW32bit
+from nf4.optim import (
+    AdamW,
+    AdamW8bit,
+    AdamW32bit,
+    PagedAdamW,
+    PagedAdamW8bit,
+    PagedAdamW32bit,
+    adamw,
+)
 from nf4.optim.launch import Launch
 
 EIGHT_BIT = (AdamW8bit, PagedAdamW8bit)
@@ -189,6 +197,61 @@ def test_capturable_groups_count_their_own_steps(backend: str, device: torch.dev
     assert [int(optimizer.state[p]["step"]) for p in captured] == [3] * len(captured)
 
 
+def test_capturable_parameters_step_on_their_own(backend: str, device: torch.device) -> None:
+    """Parameters that share a counter on the device part where one has no gradient."""
+    plain = parameters(device)
+    captured = copies(plain)
+    gradients = random_gradients(plain, 3)
+    for params, capturable in ((plain, False), (captured, True)):
+        optimizer = AdamW8bit(params, capturable=capturable)
+        for i, step in enumerate(gradients):
+            for p, g in zip(params, step, strict=True):
+                p.grad = g.clone()
+            if i == 1:
+                params[1].grad = None
+            optimizer.step()
+    assert equal(plain, captured)
+    assert [int(optimizer.state[p]["step"]) for p in captured] == [3, 2, 3, 3]
+
+
+def test_a_graph_records_no_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replays would make the moments, or the count, anew."""
+    params = parameters(torch.device("cpu"))
+    (gradients,) = random_gradients(params, 1)
+    capturing = [False]
+    monkeypatch.setattr(adamw, "capturing", lambda: capturing[0])
+
+    def step(optimizer: AdamW, captured: bool) -> None:
+        capturing[0] = captured
+        run(optimizer, params, [gradients])
+
+    with pytest.raises(RuntimeError, match="needs capturable=True and a step before its capture"):
+        step(AdamW8bit(params, capturable=True), True)
+    optimizer = AdamW8bit(params)
+    step(optimizer, False)
+    with pytest.raises(RuntimeError, match=r"needs capturable=True .* got a step count of 1"):
+        step(optimizer, True)
+    optimizer = AdamW8bit(params, capturable=True)
+    step(optimizer, False)
+    step(optimizer, True)
+    before = copies(params)
+    params[1].grad = None
+    with pytest.raises(RuntimeError, match="must be those of the step before, got some without"):
+        optimizer.step()
+    assert equal(params, before)
+
+
+def test_a_graph_from_before_the_step_is_refused(backend: str, device: torch.device) -> None:
+    """As after torch.optim: its backward would silently use the new values."""
+    params = parameters(device)
+    params.append(nn.Parameter(torch.randn(80, 70, device=device).t()))
+    losses = [p.square().sum() for p in params]
+    run(AdamW8bit(params), params, random_gradients(params, 1))
+    for loss in losses:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=dtype_id)
 def test_stochastic_rounding_moves_16bit_parameters(
     backend: str, device: torch.device, dtype: torch.dtype
@@ -336,9 +399,15 @@ def test_trainer_arguments() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"lr": -1.0}, "nf4.AdamW8bit: lr must not be negative, got -1.0"),
-        ({"eps": -1e-8}, "eps must not be negative"),
-        ({"weight_decay": -0.1}, "weight_decay must not be negative"),
+        ({"lr": -1.0}, "nf4.AdamW8bit: lr must be finite and not negative, got -1.0"),
+        ({"lr": float("nan")}, "lr must be finite and not negative, got nan"),
+        ({"lr": "fast"}, "lr must be finite and not negative, got fast"),
+        ({"eps": -1e-8}, "eps must be finite and not negative"),
+        ({"eps": float("inf")}, "eps must be finite and not negative, got inf"),
+        ({"weight_decay": -0.1}, "weight_decay must be finite and not negative"),
+        ({"betas": (float("nan"), 0.9)}, r"betas must be in \[0, 1\), got"),
+        ({"seed": 2**31}, "seed must be a 32-bit integer, got 2147483648"),
+        ({"seed": 0.5}, "seed must be a 32-bit integer, got 0.5"),
         ({"betas": (0.9, 1.0)}, r"betas must be in \[0, 1\), got"),
         ({"betas": (0.9,)}, "betas must be two numbers"),
         ({"amsgrad": True}, "amsgrad must be False"),
@@ -356,6 +425,14 @@ def test_argument_errors(arguments: dict, message: str) -> None:
 def test_parameter_errors() -> None:
     with pytest.raises(TypeError, match=r"float32, float16 or bfloat16, got torch\.float64"):
         AdamW8bit([nn.Parameter(torch.randn(3).double())])
+    with pytest.raises(TypeError, match=r"got torch\.complex64"):
+        AdamW8bit([nn.Parameter(torch.randn(3, dtype=torch.complex64))])
+    # A group that is refused leaves the optimizer as it was.
+    kept = AdamW8bit([nn.Parameter(torch.randn(3))])
+    for group in ({"lr": -1.0}, {"params": [nn.Parameter(torch.randn(3).double())]}):
+        with pytest.raises((TypeError, ValueError)):
+            kept.add_param_group({"params": [nn.Parameter(torch.randn(3))], **group})
+        assert len(kept.param_groups) == 1
     embedding = nn.Embedding(10, 3, sparse=True)
     optimizer = AdamW8bit(embedding.parameters())
     embedding(torch.tensor([1])).sum().backward()

@@ -151,6 +151,10 @@ def damage(name: str, change) -> Any:
     return apply
 
 
+def group(**changes: Any) -> Any:
+    return lambda state: state["param_groups"][0].update(changes)
+
+
 def remove(name: str) -> Any:
     return lambda state: state["state"][1][NESTED_KEY].pop(name)
 
@@ -186,7 +190,31 @@ def put_nan(t: Tensor) -> Tensor:
         (remove("state1"), "state1 is missing, got step, state2"),
         (remove("absmax2"), "absmax2 must be a tensor"),
         (lambda s: s["state"][1].pop("step"), "step is missing"),
-        (lambda s: s["state"][1].update(step=-1), "step must not be negative, got -1"),
+        (lambda s: s["state"][1].update(step=-1), r"step must be a whole number in \[0, 2\*\*32\)"),
+        (lambda s: s["state"][1].update(step=float("nan")), "step must be .*, got nan"),
+        (lambda s: s["state"][1].update(step=1.5), r"step must be .*, got 1\.5"),
+        (lambda s: s["state"][1].update(step=None), "step must be .*, got None"),
+        (lambda s: s["state"][1].update({NESTED_KEY: 3}), "must be a dict, got int"),
+        (lambda s: s["state"].update({9: s["state"][1]}), "state 9 must belong to a group"),
+        (damage("state1", lambda t: t.t().contiguous()), r"\[50, 101\], got .* \[101, 50\]"),
+        (damage("qmap2", lambda t: t.double()), "qmap2 must be the dynamic8_unsigned map"),
+        (damage("qmap2", lambda t: t.tolist()), "qmap2 must be the dynamic8_unsigned map"),
+        (group(lr=-1.0), r"group 0: lr must be finite and not negative, got -1\.0"),
+        (group(lr=float("nan")), "group 0: lr must be finite and not negative, got nan"),
+        (group(lr=torch.ones(2)), "group 0: lr must be finite and not negative"),
+        (group(betas=(0.9, 1.0)), r"group 0: betas must be in \[0, 1\)"),
+        (group(betas=(0.9, float("nan"))), r"group 0: betas must be in \[0, 1\)"),
+        (group(betas=0.9), "group 0: betas must be two numbers, got 0.9"),
+        (group(eps=-1e-8), "group 0: eps must be finite and not negative"),
+        (group(eps=None), "group 0: eps must be finite and not negative, got None"),
+        (group(weight_decay=float("inf")), "group 0: weight_decay must be finite"),
+        (group(optim_bits=4), "group 0: optim_bits must be 8 or 32, got 4"),
+        (group(min_8bit_size=-1), "group 0: min_8bit_size must be finite and not negative"),
+        (group(seed=2**40), "group 0: seed must be a 32-bit integer"),
+        (group(params=None), "group 0: must be a dict with a list params"),
+        (lambda s: s["param_groups"].clear(), r"group sizes must be \[4\], got \[\]"),
+        (lambda s: s.update(param_groups=None), "param_groups must be a list, got NoneType"),
+        (lambda s: s.update(state=[]), "state must be a dict, got list"),
         (lambda s: s["state"].update({1: "x"}), "state 1: must be a dict, got str"),
         (lambda s: s["param_groups"][0]["params"].pop(), r"group sizes must be \[4\], got \[3\]"),
         (lambda s: s.pop("param_groups"), "param_groups is missing"),
@@ -197,8 +225,19 @@ def test_damaged_checkpoints_change_nothing(change, message: str) -> None:
     optimizer = AdamW8bit(params, lr=0.5)
     run(optimizer, params, random_gradients(params, 1))
     before = through_a_file(optimizer.state_dict())
+    tensors = {p: dict(optimizer.state[p]) for p in params}
     change(state)
     with pytest.raises(ValueError, match=r"nf4.AdamW8bit.load_state_dict: .*" + message):
         optimizer.load_state_dict(state)
     assert_same_state(before, optimizer.state_dict())
-    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert before["param_groups"] == optimizer.state_dict()["param_groups"]
+    assert all(optimizer.state[p][k] is v for p in params for k, v in tensors[p].items())
+
+
+def test_a_paged_optimizer_takes_no_capturable_checkpoint() -> None:
+    params, state = saved_state()
+    state["param_groups"][0]["capturable"] = True
+    optimizer = PagedAdamW8bit(params)
+    with pytest.raises(ValueError, match="group 0: capturable needs is_paged=False"):
+        optimizer.load_state_dict(state)
+    assert not optimizer.state and not optimizer.param_groups[0]["capturable"]

@@ -26,17 +26,15 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from copy import deepcopy
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from nf4.optim import state as states
-from nf4.optim.launch import Launch, local_tensor
+from nf4.optim.group import check_group, check_params, groups_from_checkpoint
+from nf4.optim.launch import Launch, capturing, local_tensor
 from nf4.optim.pager import Pager, memory_of
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class AdamW(torch.optim.Optimizer):
@@ -50,7 +48,8 @@ class AdamW(torch.optim.Optimizer):
 
     ``stochastic_rounding`` rounds float16 and bfloat16 parameters up or down at random in
     proportion; the random words depend on ``seed``, the step and the element alone, so replicas
-    stay equal. ``capturable`` keeps the step count on the device, for CUDA graphs.
+    stay equal. ``capturable`` keeps the step count on the device, for CUDA graphs; take a step
+    before the capture, which makes the moments.
 
     Parameters are float32, float16 or bfloat16 tensors, gradients any of the three. Raises
     ValueError for hyperparameters out of range and TypeError for other parameters.
@@ -95,6 +94,7 @@ class AdamW(torch.optim.Optimizer):
         self.is_paged = is_paged or self._fixed_paged
         self._skipped: dict[torch.device, Tensor] = {}
         self._pagers: dict[torch.device, Pager | None] = {}
+        self._unplaced: set[Tensor] = set()
         self._warned_skip = False
         defaults = {
             "lr": lr,
@@ -118,29 +118,11 @@ class AdamW(torch.optim.Optimizer):
         """Add a group; its keys override the constructor's arguments."""
         super().add_param_group(param_group)
         try:
-            self._check_group(self.param_groups[-1])
+            check_group(self.param_groups[-1], self.is_paged, self._name)
+            check_params(self.param_groups[-1], self._name)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        rules: list[tuple[str, bool, str]] = [
-            ("lr", float(group["lr"]) >= 0, "must not be negative"),
-            ("eps", group["eps"] >= 0, "must not be negative"),
-            ("weight_decay", group["weight_decay"] >= 0, "must not be negative"),
-            ("betas", len(group["betas"]) == 2, "must be two numbers"),
-            ("betas", all(0 <= b < 1 for b in group["betas"]), "must be in [0, 1)"),
-            ("optim_bits", group["optim_bits"] in (8, 32), "must be 8 or 32"),
-            ("capturable", not (group["capturable"] and self.is_paged), "needs is_paged=False"),
-        ]
-        for key, holds, rule in rules:
-            if not holds:
-                raise ValueError(f"{self._name}: {key} {rule}, got {group[key]}")
-        for p in group["params"]:
-            if p.dtype not in _DTYPES:
-                raise TypeError(
-                    f"{self._name}: parameters must be float32, float16 or bfloat16, got {p.dtype}"
-                )
 
     @property
     def skipped_blocks(self) -> int:
@@ -157,7 +139,9 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._place_new_states()
+        if capturing():
+            self._check_capture()
+        self._place_states()
         launches: list[Launch] = []
         first_word = 0
         for group in self.param_groups:
@@ -171,12 +155,15 @@ class AdamW(torch.optim.Optimizer):
                     raise RuntimeError(f"{self._name}.step: gradients must be dense, got sparse")
                 state = self._state_of(p, group, fresh_steps)
                 step = state["step"]
-                counter = id(step) if isinstance(step, Tensor) else step
-                launch = by_step.setdefault((p.device, counter), Launch(p.device, step))
-                launch.add(p, state, offset, self._is_paged(p))
-            for (device, _), launch in by_step.items():
-                zero = torch.zeros(1, dtype=torch.int64, device=device)
-                launch.prepare(group, self._skipped.setdefault(device, zero))
+                key = (p.device, id(step) if isinstance(step, Tensor) else step)
+                if key not in by_step:
+                    by_step[key] = Launch(p.device, step)
+                by_step[key].add(p, state, offset, self._is_paged(p))
+            idle = self._idle_counters(group)
+            for (device, counter), launch in by_step.items():
+                if device not in self._skipped:
+                    self._skipped[device] = torch.zeros(1, dtype=torch.int64, device=device)
+                launch.prepare(group, self._skipped[device], own_step=counter in idle)
                 launches.append(launch)
         for launch in launches:
             launch.call()
@@ -187,6 +174,32 @@ class AdamW(torch.optim.Optimizer):
             launch.finish()
         self._warn_of_skipped(("cpu",))
         return loss
+
+    def _idle_counters(self, group: dict[str, Any]) -> set[int]:
+        """The counters on the device of parameters that this step leaves out."""
+        if not group["capturable"]:
+            return set()
+        idle = (self.state[p] for p in group["params"] if p.grad is None and p in self.state)
+        return {id(state["step"]) for state in idle if state}
+
+    def _check_capture(self) -> None:
+        """Refuse what a CUDA graph would do again at every replay: begin, or stop counting."""
+        for group in self.param_groups:
+            counters = set()
+            for p in group["params"]:
+                if p.grad is not None:
+                    step = self.state[p].get("step")
+                    if not isinstance(step, Tensor):
+                        raise RuntimeError(
+                            f"{self._name}.step: a CUDA graph needs capturable=True and a step "
+                            f"before its capture, got a step count of {step}"
+                        )
+                    counters.add(id(step))
+            if counters & self._idle_counters(group):
+                raise RuntimeError(
+                    f"{self._name}.step: the parameters captured must be those of the step before, "
+                    "got some without a gradient"
+                )
 
     def _bits(self, p: Tensor, group: dict[str, Any]) -> int:
         return group["optim_bits"] if p.numel() >= group["min_8bit_size"] else 32
@@ -204,20 +217,36 @@ class AdamW(torch.optim.Optimizer):
             state.update(step=step, **states.new_state(local_tensor(p), self._bits(p, group)))
         return state
 
-    def _place_new_states(self) -> None:
-        """Give parameters that begin now their place in host memory, where they need one."""
+    def _place_states(self) -> None:
+        """Give states that begin now, or were loaded, their place: on the device, or in pages.
+
+        Only now: the largest use of memory so far, which decides, holds a backward pass.
+        """
         if not self.is_paged:
             return  # spares the walk
         new: dict[torch.device, list[tuple[Tensor, int]]] = {}
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None and not self.state[p]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
                     new.setdefault(p.device, []).append((p, self._bits(p, group)))
+                elif p in self._unplaced:
+                    new.setdefault(p.device, []).append((p, states.bits_of(state)))
         for device, params in new.items():
             pager = self._pager(device)
-            if pager is not None:
-                for p, tensors in pager.place(params).items():
-                    self.state[p].update(step=0, **tensors)
+            placed = {} if pager is None else pager.place(params)
+            for p, _ in params:
+                state = self.state[p]
+                for name in states.tensor_names(state):
+                    if p in placed:
+                        placed[p][name].copy_(state[name])
+                    else:
+                        state[name] = state[name].to(device)
+                if p in placed:
+                    state.update({"step": 0, **state, **placed[p]})
+                self._unplaced.discard(p)
 
     def _pager(self, device: torch.device) -> Pager | None:
         if not self.is_paged:
@@ -266,14 +295,9 @@ class AdamW(torch.optim.Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         where = f"{self._name}.load_state_dict"
-        for key in ("state", "param_groups"):
-            if key not in state_dict:
-                raise ValueError(f"{where}: {key} is missing, got {', '.join(state_dict)}")
-        saved_groups = deepcopy(state_dict["param_groups"])
-        sizes = [len(group["params"]) for group in self.param_groups]
-        saved_sizes = [len(group["params"]) for group in saved_groups]
-        if sizes != saved_sizes:
-            raise ValueError(f"{where}: group sizes must be {sizes}, got {saved_sizes}")
+        saved_groups = groups_from_checkpoint(
+            state_dict, self.param_groups, ("param_names", *self.defaults), self.is_paged, where
+        )
         loaded: dict[Any, dict[str, Any]] = {}
         for group, saved in zip(self.param_groups, saved_groups, strict=True):
             shared_steps: dict[tuple[torch.device, int], Tensor] = {}
@@ -286,36 +310,16 @@ class AdamW(torch.optim.Optimizer):
                 state = states.from_checkpoint(
                     entry, local_tensor(p), device, f"{where}: state {key}"
                 )
-                if saved.get("capturable", group["capturable"]):
+                if saved["capturable"]:
                     step = torch.tensor(state["step"], device=p.device)
                     state["step"] = shared_steps.setdefault((p.device, state["step"]), step)
                 loaded[p] = state
             saved["params"] = group["params"]
-            for key in ("param_names", *self.defaults):
-                if key in group:
-                    saved.setdefault(key, group[key])
         self._pagers.clear()
+        self._unplaced = set(loaded)
         self.__setstate__({"state": defaultdict(dict, loaded), "param_groups": saved_groups})
-        self._place_loaded_states()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-    def _place_loaded_states(self) -> None:
-        """Move states to their parameters' devices, or to pages where they do not fit."""
-        loaded: dict[torch.device, list[tuple[Tensor, int]]] = {}
-        for p, state in self.state.items():
-            if isinstance(p, Tensor) and state:
-                loaded.setdefault(p.device, []).append((p, 8 if "absmax1" in state else 32))
-        for device, params in loaded.items():
-            pager = self._pager(device)
-            placed = {} if pager is None else pager.place(params)
-            for p, _ in params:
-                state = self.state[p]
-                for name in states.tensor_names(state):
-                    if p in placed:
-                        state[name] = placed[p][name].copy_(state[name])
-                    else:
-                        state[name] = state[name].to(device)
 
     def __getstate__(self) -> dict[str, Any]:
         self._flush()
@@ -325,7 +329,7 @@ class AdamW(torch.optim.Optimizer):
         super().__setstate__(state)
         if "_pagers" not in self.__dict__:  # a copy, or from a pickle
             self._skipped, self._pagers, self._warned_skip = {}, {}, False
-            self._place_loaded_states()
+            self._unplaced = {p for p, s in self.state.items() if isinstance(p, Tensor) and s}
 
 
 class AdamW8bit(AdamW):

@@ -23,6 +23,7 @@ class Launch:
         self._lists = _Lists()
         self._states: list[dict[str, Any]] = []
         self._strided: list[tuple[Tensor, Tensor]] = []
+        self._changed: list[Tensor] = []
 
     def add(self, p: Tensor, state: dict[str, Any], offset: int, paged: bool) -> None:
         """Take the parameter ``p``, which has a gradient; ``offset`` is its first random word."""
@@ -38,11 +39,15 @@ class Launch:
         else:
             self._lists.append(dense, grad, state, offset)
         self._states.append(state)
+        self._changed.append(dense)
 
-    def prepare(self, group: dict[str, Any], skipped: Tensor) -> None:
-        """Count the step and compute its scalars."""
+    def prepare(self, group: dict[str, Any], skipped: Tensor, own_step: bool) -> None:
+        """Count the step and compute its scalars.
+
+        ``own_step``: others, which do not step now, share the counter on the device, and keep it.
+        """
         if isinstance(self.step, Tensor):
-            self.step += 1
+            self.step = self.step + 1 if own_step else self.step.add_(1)
             self._hyper = hyper_on_device(group, self.step)
             seed = (self.step + (group["seed"] << 32)).view(1)
         else:
@@ -84,11 +89,13 @@ class Launch:
         )
 
     def finish(self) -> None:
-        """Copy strided parameters back and record the step count."""
+        """Copy strided parameters back, record the step count and tell autograd of the change."""
         for target, dense in self._strided:
             target.copy_(dense)
         for state in self._states:
             state["step"] = self.step
+        # Kernels do not: a graph from before the step would run backward on the new values.
+        torch.autograd.graph.increment_version(self._changed)
 
 
 class _Lists:
@@ -112,6 +119,11 @@ class _Lists:
         self.moments[2].append(state.get("absmax1", self._no_scales))
         self.moments[3].append(state.get("absmax2", self._no_scales))
         self.offsets.append(offset)
+
+
+def capturing() -> bool:
+    """Whether what is queued now goes into a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def local_tensor(t: Tensor) -> Tensor:
@@ -144,7 +156,9 @@ def hyper_on_device(group: dict[str, Any], step: Tensor) -> Tensor:
     beta1, beta2 = group["betas"]
     t = step.double()
     lr = group["lr"]
-    lr = lr.double().view(()) if isinstance(lr, Tensor) else torch.full_like(t, lr)
+    # One on another device is read now, as a number is.
+    here = isinstance(lr, Tensor) and lr.device == t.device
+    lr = lr.double().view(()) if here else torch.full_like(t, float(lr))
     values = [torch.full_like(t, value) for value in hyper_values({**group, "lr": 0.0}, 1)]
     values[4] = (1.0 - torch.pow(beta2, t)).rsqrt()
     values[6] = 1.0 - lr * group["weight_decay"]

@@ -71,6 +71,11 @@ def tensor_names(state: dict[str, Any]) -> list[str]:
     return [name for name in ("state1", "state2", "absmax1", "absmax2") if name in state]
 
 
+def bits_of(state: dict[str, Any]) -> int:
+    """8 or 32: the precision of a state's moments."""
+    return 8 if "absmax1" in state else 32
+
+
 def from_checkpoint(entry: Any, param: Tensor, device: torch.device, where: str) -> dict[str, Any]:
     """The state of ``param`` from its checkpoint entry, copied to ``device``.
 
@@ -79,13 +84,14 @@ def from_checkpoint(entry: Any, param: Tensor, device: torch.device, where: str)
     """
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: must be a dict, got {type(entry).__name__}")
-    flat = {**{k: v for k, v in entry.items() if k != NESTED_KEY}, **entry.get(NESTED_KEY, {})}
+    nested = entry.get(NESTED_KEY, {})
+    if not isinstance(nested, dict):
+        raise ValueError(f"{where}: {NESTED_KEY} must be a dict, got {type(nested).__name__}")
+    flat = {**{k: v for k, v in entry.items() if k != NESTED_KEY}, **nested}
     for name in ("step", "state1", "state2"):
         if name not in flat:
             raise ValueError(f"{where}: {name} is missing, got {', '.join(map(str, flat))}")
-    step = int(flat["step"])
-    if step < 0:
-        raise ValueError(f"{where}: step must not be negative, got {step}")
+    step = _checked_step(flat["step"], where)
     state1 = flat["state1"]
     quantized = isinstance(state1, Tensor) and state1.dtype is torch.uint8
     state: dict[str, Any] = {"step": step}
@@ -96,9 +102,28 @@ def from_checkpoint(entry: Any, param: Tensor, device: torch.device, where: str)
     if quantized:
         for name, fmt in _MAPS.items():
             table = flat.get(name)
-            if table is not None and not torch.equal(table.cpu(), torch.from_numpy(fmt.values)):
+            if table is not None and not _equals(table, fmt):
                 raise ValueError(f"{where}: {name} must be the {fmt.name} map, got another table")
     return state
+
+
+def _checked_step(value: Any, where: str) -> int:
+    try:
+        step = int(value)
+        whole = step == value
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        whole = False
+    # 32 bits of the random words' key are the step's.
+    if not whole or not 0 <= step < 2**32:
+        raise ValueError(f"{where}: step must be a whole number in [0, 2**32), got {value}")
+    return step
+
+
+def _equals(table: Any, fmt: formats.Format) -> bool:
+    values = torch.from_numpy(fmt.values)
+    return isinstance(table, Tensor) and (
+        table.dtype is values.dtype and torch.equal(table.cpu(), values)
+    )
 
 
 def _checked(
@@ -107,7 +132,9 @@ def _checked(
     value = flat.get(name)
     if not isinstance(value, Tensor):
         raise ValueError(f"{where}: {name} must be a tensor, got {type(value).__name__}")
-    if value.dtype is not dtype or value.numel() != math.prod(shape):
+    # A flat moment is what some tools make of it; another shape is another parameter's.
+    fits = value.shape in (shape, (math.prod(shape),))
+    if value.dtype is not dtype or not fits:
         raise ValueError(
             f"{where}: {name} must be {dtype} {list(shape)}, got {value.dtype} {list(value.shape)}"
         )
