@@ -134,8 +134,8 @@ def encode4(v, bucket_ptr, BUCKETS: tl.constexpr):
     load and one compare where a tree of selects took 46 instructions an element on sm_90, most
     of them saving predicates. Any other value, NaN too, gets a code without leaving the table.
     """
-    # 1.5 * 2 ** 23: the sum has integer steps, and its low bits are round(v * BUCKETS) + BUCKETS.
-    shifted = (v * BUCKETS + (12582912.0 + BUCKETS)).to(tl.int32, bitcast=True)
+    # Has steps of 1 / BUCKETS, and low bits that are round(v * BUCKETS) + BUCKETS.
+    shifted = (v + (12582912.0 / BUCKETS + 1.0)).to(tl.int32, bitcast=True)
     entry = tl.load(bucket_ptr + (shifted & (4 * BUCKETS - 1)))
     threshold = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     both = entry.to(tl.int32)

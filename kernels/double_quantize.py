@@ -57,7 +57,7 @@ def double_quantize_kernel(
     element = block[:, None] * NESTED_BLOCK_SIZE + tl.arange(0, NESTED_BLOCK_SIZE)[None, :]
     inside = element < n
     x = tl.load(absmax_ptr + element, mask=inside, other=0.0)
-    scaled, nested = scale_blocks(tl.where(inside, x - offset, 0.0), False)
+    scaled, nested = scale_blocks(tl.where(inside, x - offset, 0.0))
     codes = encode8(scaled, threshold_ptr)
     tl.store(nested_ptr + block, nested, mask=block * NESTED_BLOCK_SIZE < n)
     tl.store(codes_ptr + element, codes.to(tl.uint8), mask=inside)

@@ -112,8 +112,8 @@ def _step_tile(
     denominator = tl.math.sqrt_rn(v) * inverse_c2 + eps
     p = p * decay - step_size * tl.math.div_rn(m, denominator)
 
-    scaled1, largest1 = scale_blocks(m, False)
-    scaled2, largest2 = scale_blocks(v, False)
+    scaled1, largest1 = scale_blocks(m)
+    scaled2, largest2 = scale_blocks(v)
     finite = (largest1.to(tl.int32, bitcast=True) < INFINITY_BITS) & (
         largest2.to(tl.int32, bitcast=True) < INFINITY_BITS
     )

@@ -31,7 +31,7 @@ def quantize(x: Tensor, block_size: int, format: int) -> tuple[Tensor, Tensor]:
     absmax = flat.new_empty(cdiv(n, block_size), dtype=torch.float32)
     if n == 0:
         return packed, absmax
-    config = tuning.quantize(block_size)
+    config = tuning.quantize(fmt.bits)
     blocks = config.tile // block_size
     if fmt.bits == 4:
         table = bucket_table(format, flat.device)
@@ -50,6 +50,7 @@ def quantize(x: Tensor, block_size: int, format: int) -> tuple[Tensor, Tensor]:
             "BLOCK_SIZE": block_size,
             "BLOCKS": blocks,
             "BUCKETS": table.numel() // 4 if fmt.bits == 4 else None,
+            "PAIRS": n % 2 == 0 and flat.data_ptr() % (2 * flat.itemsize) == 0,
             "SHORT": fmt.bits == 4 and n % block_size != 0,
         },
         flat.device,
@@ -139,7 +140,7 @@ def dequantize_out(
     target = (
         out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     )
-    config = tuning.dequantize(block_size)
+    config = tuning.dequantize()
     blocks = config.tile // block_size
     fmt = formats.BY_ID[format]
     launch(
