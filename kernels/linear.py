@@ -114,7 +114,7 @@ def linear_kernel(
         k = k % 8 // 2 * (BLOCK_K // 4) + k // 8 * 2 + k % 2
         k = tl.max_contiguous(tl.multiple_of(k, 2), 2)
     x_tile_ptr = x_ptr + token[None, :] * K + k[:, None]
-    first_block = (row * (K // BLOCK_SIZE)).to(tl.int32)
+    first_block = row * (K // BLOCK_SIZE)
     everywhere = n >= 0
 
     acc = tl.zeros((BLOCK_N, TOKENS), tl.float32)

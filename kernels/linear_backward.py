@@ -75,7 +75,7 @@ def linear_backward_kernel(
         inside = n < N
         row = tl.minimum(n, N - 1).to(tl.int64)
         packed = tl.load(packed_ptr + row[:, None] * (K // 32 * 16) + byte[None, :])
-        block = (row * (K // BLOCK_SIZE)).to(tl.int32) + start_k // BLOCK_SIZE
+        block = row * (K // BLOCK_SIZE) + start_k // BLOCK_SIZE
         # Rows past the end get the scale 0, so that they add nothing.
         scale = load_scale(absmax_ptr, nested_ptr, offset_ptr, map_ptr, block, inside)
         g = tl.load(g_ptr + token[:, None] * N + n[None, :], mask=inside[None, :], other=0.0)
