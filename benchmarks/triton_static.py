@@ -21,15 +21,14 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nf4.backends import triton as ops
-from nf4.backends.triton_launch import Launch, recording
-from nf4.backends.tuning import Target
+from benchmarks import triton_static_loops as loops
+from benchmarks.triton_static_plan import plan, source
+from nf4.backends.triton_launch import Launch
 
 # Shared memory that one program can have, in bytes (CUDA C++ Programming Guide, "Technical
 # Specifications per Compute Capability"); compilation ahead of time does not check it.
@@ -42,18 +41,16 @@ SHARED_LIMIT = {
     100: 227 * 1024,
     120: 99 * 1024,
 }
-# One common device of each architecture: the launchers plan grids by its number of SMs.
-SM_COUNT = {75: 40, 80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
-
 
 # The configurations have no spill under this Triton. Under another one the compiler may still move
 # two registers to memory and back, outside of loops.
 TUNED_WITH = "3.9."
 SPILLS_ELSEWHERE = 4
 
+# Kernels without a loop, in which each element takes the same way.
+ELEMENTWISE = ("quantize_kernel", "dequantize_kernel")
+
 RESULTS = Path(__file__).parent / "results" / "triton_static.csv"
-DIM = 4096  # N and K of the default cases
-RANK = 16
 
 
 @dataclass(frozen=True)
@@ -73,8 +70,8 @@ class Row:
     wide_accesses: int  # 16-byte instructions on global memory, copies to shared included
     tensor_core: str  # HMMA, HGMMA, UTCHMMA or nothing
     fused_multiply_adds: int
-    loop_instructions: int  # of the innermost loop with the matrix instructions
-    instructions_per_weight: float  # those, times threads, over the weights of a step
+    loop_instructions: int  # of the innermost loop with the matrix instructions, or of all code
+    instructions_per_weight: float  # those, times threads, over the weights that they handle
 
 
 def _tool(name: str) -> str:
@@ -83,63 +80,11 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-_TYPES = {
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.uint8: "*u8",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-}
-
-
-def _source(launch: Launch) -> Any:
-    """The specialized source that the just-in-time launch would compile."""
-    from triton.compiler import ASTSource
-
-    signature, constexprs, attrs = {}, {}, {}
-    for i, param in enumerate(launch.kernel.params):
-        value = launch.args[param.name]
-        if isinstance(value, torch.Tensor):
-            signature[param.name] = _TYPES[value.dtype]
-            attrs[(i,)] = [["tt.divisibility", 16]]
-        elif param.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            signature[param.name] = "constexpr"
-            constexprs[param.name] = value
-        elif isinstance(value, int):
-            signature[param.name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0 and not param.do_not_specialize_on_alignment:
-                attrs[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[param.name] = "fp32"
-    return ASTSource(launch.kernel, signature, constexprs, attrs)
-
-
-def _instructions(sass: str) -> list[tuple[int, str]]:
-    """(address, text) of every instruction."""
-    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)
-    return [(int(address, 16), text.strip()) for address, text in found]
-
-
-def _matrix_loop(instructions: list[tuple[int, str]]) -> list[str]:
-    """Body of the innermost loop with the most matrix instructions, or nothing."""
-    best: list[str] = []
-    for address, text in instructions:
-        target = re.search(r"\bBRA\S*\s.*?(0x[0-9a-f]+)", text)
-        if not target or int(target.group(1), 16) >= address:
-            continue
-        start = int(target.group(1), 16)
-        body = [t for a, t in instructions if start <= a <= address]
-        count = sum("MMA" in t for t in body)
-        best_count = sum("MMA" in t for t in best)
-        if count > best_count or (count and count == best_count and len(body) < len(best)):
-            best = body
-    return best
-
-
-def _weights_a_step(launch: Launch) -> int:
+def _weights(launch: Launch) -> int:
+    """Of one step of a matmul's loop, or of a program that has no loop."""
     a = launch.args
+    if launch.kernel.fn.__name__ in ELEMENTWISE:
+        return a["BLOCK_SIZE"] * a["BLOCKS"]
     return a["BLOCK_N"] * a["BLOCK_K"] if "CODES" in a and "BLOCK_K" in a else 0
 
 
@@ -181,7 +126,7 @@ def compiled(launch: Launch, arch: int, fuse: bool | None = None) -> Any:
         "num_stages": launch.num_stages,
         "enable_fp_fusion": not launch.exact if fuse is None else fuse,
     }
-    return triton.compile(_source(launch), target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source(launch), target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def measure(case: str, launch: Launch, arch: int) -> Row:
@@ -193,13 +138,12 @@ def measure(case: str, launch: Launch, arch: int) -> Row:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = _run(_tool("cuobjdump"), "--dump-resource-usage", file.name)
-        sass = _run(_tool("cuobjdump"), "-sass", file.name)
-    instructions = _instructions(sass)
-    texts = [t for _, t in instructions]
+        code = loops.instructions(_run(_tool("cuobjdump"), "-sass", file.name))
+    texts = [t for _, t in code if t != "NOP"]
     matrix = sorted({m.group(0) for t in texts if (m := re.search(r"\w*(?:HMMA|HGMMA)\b", t))})
     wide = r"\b(?:LDG|STG|LDGSTS)\b\S*\.(?:128|256)"
-    loop = _matrix_loop(instructions)
-    weights = _weights_a_step(launch)
+    loop = texts if launch.kernel.fn.__name__ in ELEMENTWISE else loops.matrix_loop(code)
+    weights = _weights(launch)
     registers = re.search(r"REG:(\d+)", usage)
     assert registers is not None, usage
     moved, flops = _cost(launch)
@@ -249,87 +193,9 @@ def problems(row: Row, launch: Launch) -> list[str]:
     )
     if row.kernel == "dequantize_kernel" and row.fused_multiply_adds:
         found.append(f"{row.fused_multiply_adds} fused multiply-adds change its rounding")
-    elementwise = row.kernel in ("quantize_kernel", "dequantize_kernel")
-    if elementwise and sixteen_bit and row.wide_accesses == 0:
+    if row.kernel in ELEMENTWISE and sixteen_bit and row.wide_accesses == 0:
         found.append("no 16-byte access to global memory")
     return found
-
-
-def _weight(dtype: torch.dtype, n: int, k: int, block_size: int, format: int) -> tuple:
-    w = torch.empty(n, k, dtype=dtype, device="meta")
-    packed, absmax = ops.quantize(w, block_size, format)
-    return packed, *ops.double_quantize(absmax)
-
-
-def _lora_case(
-    dtype: torch.dtype,
-    m: int,
-    p: float,
-    k: int = DIM,
-    block_size: int = 64,
-    format: int = 0,
-    r: int = RANK,
-) -> None:
-    """Every op of a LoRA layer, with float32 adapters as PEFT keeps them."""
-    weight = _weight(dtype, DIM, k, block_size, format)
-    x = torch.empty(m, k, dtype=dtype, device="meta")
-    a, b = torch.empty(r, k, device="meta"), torch.empty(DIM, r, device="meta")
-    seed = torch.empty(1, dtype=torch.int64, device="meta")
-    grad_y = torch.empty(m, DIM, dtype=dtype, device="meta")
-    layout = (block_size, format)
-    ops.dequantize(*weight, [DIM, k], *layout, dtype)
-    ops.linear(x, *weight, None, DIM, *layout)
-    ops.linear_backward(grad_y, *weight, k, *layout)
-    _, s = ops.linear_lora(x, *weight, None, a, b, 2.0, p, seed, DIM, *layout)
-    ops.linear_lora_backward(grad_y, x, s, *weight, a, b, 2.0, p, seed, *layout, True, True)
-
-
-def _group_case(dtype: torch.dtype, m: int, p: float, ranks: tuple[int, ...]) -> None:
-    """Forward and backward of layers that share x."""
-    layout, count = (64, 0), len(ranks)
-    parts = zip(*(_weight(dtype, DIM, DIM, *layout) for _ in ranks), strict=True)
-    weights = tuple(list(part) for part in parts)
-    x = torch.empty(m, DIM, dtype=dtype, device="meta")
-    a = [torch.empty(r, DIM, device="meta") for r in ranks]
-    b = [torch.empty(DIM, r, device="meta") for r in ranks]
-    seeds = torch.empty(count, dtype=torch.int64, device="meta")
-    lora = (a, b, [2.0] * count, p, seeds)
-    grad_ys = [torch.empty(m, DIM, dtype=dtype, device="meta")] * count
-    _, ss = ops.linear_lora_group(x, *weights, [None] * count, *lora, *layout)
-    ops.linear_lora_group_backward(grad_ys, x, ss, *weights, *lora, *layout, True, True)
-
-
-@cache
-def plan(arch: int, everything: bool) -> list[tuple[str, Launch]]:
-    """The launches to compile for an architecture: one a kernel, or all that differ."""
-    dtype = torch.bfloat16 if arch >= 80 else torch.float16
-    cases: dict[str, tuple[Any, ...]] = {"M=1": (dtype, 1, 0.0), "M=2048": (dtype, 2048, 0.05)}
-    groups: dict[str, tuple[Any, ...]] = {}
-    if everything:
-        dtypes = (torch.float16, torch.bfloat16, torch.float32)
-        for kind in dtypes if arch >= 80 else (torch.float16, torch.float32):
-            name = str(kind).removeprefix("torch.")
-            for m in (1, 8, 16, 32, 64, 256, 2048):
-                cases[f"{name} M={m}"] = (kind, m, 0.05)
-            cases[f"{name} M=16 block 32"] = (kind, 16, 0.0, DIM, 32)
-            cases[f"{name} M=16 block 4096"] = (kind, 16, 0.0, DIM, 4096)
-            cases[f"{name} M=64 fp4"] = (kind, 64, 0.0, DIM, 64, 1)
-            cases[f"{name} M=64 dynamic8"] = (kind, 64, 0.0, DIM, 64, 2)
-            cases[f"{name} M=5 K=3421"] = (kind, 5, 0.05, 3421)
-            for m in (16, 2048):
-                cases[f"{name} M={m} rank 64"] = (kind, m, 0.05, DIM, 64, 0, 64)
-                groups[f"{name} M={m} group"] = (kind, m, 0.0, (RANK,) * 3)
-                groups[f"{name} M={m} group, dropout"] = (kind, m, 0.05, (RANK,) * 3)
-    found: dict[str, tuple[str, Launch]] = {}
-    for case, arguments in [*cases.items(), *groups.items()]:
-        with recording(Target(arch, SM_COUNT[arch])) as launches:
-            (_group_case if case in groups else _lora_case)(*arguments)
-        for launch in launches:
-            name = launch.kernel.fn.__name__
-            # The specialized source holds everything that compilation depends on.
-            key = f"{_source(launch).hash()} {launch.num_warps} {launch.num_stages}"
-            found.setdefault(key if everything else name, (case, launch))
-    return list(found.values())
 
 
 def _one(task: tuple[int, bool, int]) -> tuple[Row, list[str]]:

@@ -72,7 +72,8 @@ def test_one_launch_for_all_dtypes(
     ],
 )
 def test_compiles(arch: int, dtype: torch.dtype, bits: int, stochastic: bool) -> None:
-    from benchmarks.triton_static import SM_COUNT, allowed_spills, measure
+    from benchmarks.triton_static import allowed_spills, measure
+    from benchmarks.triton_static_plan import SM_COUNT
     from nf4.backends import triton
     from nf4.backends.triton_launch import recording
     from nf4.backends.tuning import Target
