@@ -65,6 +65,5 @@ const char* check_async_operand(const unsigned char* p, size_t bytes);
 // Whether a product under way reads these bytes of shared memory.
 bool products_read(const unsigned char* p, size_t bytes);
 void finish_products();
-void yield_to_scheduler();
 
 }  // namespace nf4::emulation

@@ -70,6 +70,12 @@ extern unsigned char* g_arena;
 extern long g_launch;
 extern const unsigned char* g_launch_frame;
 
+// fibers.cpp: gives a thread a stack that begins in the kernel, runs it until it waits or ends,
+// and, in the running thread, goes back to who ran it.
+void prepare(Thread& thread);
+void switch_to_fiber(Thread* thread);
+void yield_to_scheduler();
+
 // Records a defect; the test reads them all afterwards. Never throws: kernels are C++ frames.
 void report(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
