@@ -33,7 +33,8 @@ COMPONENTS = (
 )
 # Tensors smaller than this keep float32 moments in an 8-bit optimizer.
 _MIN_8BIT = 4096
-# From this many rows on, the Triton kernels multiply by the dequantized weight.
+# From this many rows on, the Triton kernels, and on Hopper dX of the CUDA ones, multiply by the
+# dequantized weight.
 _DENSE_ROWS = 256
 
 
@@ -146,7 +147,7 @@ def optimizer_bytes(numel: int, dtype: torch.dtype, optim: str) -> int:
 
 
 def dequantized_bytes(model: nn.Module, rows: int, dtype: torch.dtype) -> int:
-    """The largest weight in 16 bits, which the Triton kernels make for many rows; else 0."""
+    """The largest weight in 16 bits, which GPU kernels make for many rows; else 0."""
     if rows < _DENSE_ROWS:
         return 0
     sizes = [m.q.numel() for m in model.modules() if isinstance(m, NF4Linear)]
