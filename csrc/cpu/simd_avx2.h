@@ -208,6 +208,12 @@ inline void transpose(const uint32_t* src, int64_t ld_src, uint32_t* dst, int64_
   }
 }
 
+constexpr int kTransposeParts = 1;
+inline void transpose_part(int, const uint32_t* src, int64_t ld_src, uint32_t*, uint32_t* dst,
+                           int64_t ld_dst) {
+  transpose(src, ld_src, dst, ld_dst);
+}
+
 inline I load_dwords(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline I shift_right(I v, int bits) { return _mm256_srli_epi32(v, bits); }
 

@@ -171,31 +171,41 @@ inline void decode(const uint8_t* packed, const WordTable& t, Word* out) {
   put<kBypass>(out, _mm512_permutexvar_epi16(nibbles, t.words));
 }
 
-// dst[j * ld_dst + i] = src[i * ld_src + j] for i, j < 16.
+constexpr int kTransposeParts = 8;
+inline void transpose_part(int part, const uint32_t* src, int64_t ld_src, uint32_t* between,
+                           uint32_t* dst, int64_t ld_dst) {
+  __m512i r[4], t[4];
+  if (part < 4) {
+    // The 128-bit lane q of between[4 * part + j] holds columns 4 * q + j of rows 4 * part..
+    for (int i = 0; i < 4; ++i) r[i] = _mm512_loadu_si512(src + (4 * part + i) * ld_src);
+    for (int i = 0; i < 4; i += 2) {
+      t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+      t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    uint32_t* out = between + 4 * part * 16;
+    _mm512_store_si512(out, _mm512_unpacklo_epi64(t[0], t[2]));
+    _mm512_store_si512(out + 16, _mm512_unpackhi_epi64(t[0], t[2]));
+    _mm512_store_si512(out + 32, _mm512_unpacklo_epi64(t[1], t[3]));
+    _mm512_store_si512(out + 48, _mm512_unpackhi_epi64(t[1], t[3]));
+    return;
+  }
+  const int j = part - 4;
+  for (int i = 0; i < 4; ++i) r[i] = _mm512_load_si512(between + (4 * i + j) * 16);
+  t[0] = _mm512_shuffle_i32x4(r[0], r[1], 0x88);
+  t[1] = _mm512_shuffle_i32x4(r[0], r[1], 0xdd);
+  t[2] = _mm512_shuffle_i32x4(r[2], r[3], 0x88);
+  t[3] = _mm512_shuffle_i32x4(r[2], r[3], 0xdd);
+  _mm512_storeu_si512(dst + j * ld_dst, _mm512_shuffle_i32x4(t[0], t[2], 0x88));
+  _mm512_storeu_si512(dst + (j + 4) * ld_dst, _mm512_shuffle_i32x4(t[1], t[3], 0x88));
+  _mm512_storeu_si512(dst + (j + 8) * ld_dst, _mm512_shuffle_i32x4(t[0], t[2], 0xdd));
+  _mm512_storeu_si512(dst + (j + 12) * ld_dst, _mm512_shuffle_i32x4(t[1], t[3], 0xdd));
+}
+
 inline void transpose(const uint32_t* src, int64_t ld_src, uint32_t* dst, int64_t ld_dst) {
-  __m512i r[16], t[16];
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(src + i * ld_src);
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 8; ++i) {
-    // t[i] holds columns i % 4 + {0, 8} (i < 4) or + {4, 12} of rows 0..7; t[i + 8] of rows 8..15.
-    const int column = i < 4 ? i : i;
-    _mm512_storeu_si512(dst + column * ld_dst, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
-    _mm512_storeu_si512(dst + (column + 8) * ld_dst, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
+  alignas(64) uint32_t between[16 * 16];
+#pragma GCC unroll 8
+  for (int part = 0; part < kTransposeParts; ++part) {
+    transpose_part(part, src, ld_src, between, dst, ld_dst);
   }
 }
 

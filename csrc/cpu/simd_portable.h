@@ -157,6 +157,14 @@ inline void transpose(const uint32_t* src, int64_t ld_src, uint32_t* dst, int64_
   }
 }
 
+// The same in kTransposeParts parts of equal cost, to be done in order: `between` [kWidth][kWidth]
+// holds what the later parts need from the earlier ones.
+constexpr int kTransposeParts = 1;
+inline void transpose_part(int, const uint32_t* src, int64_t ld_src, uint32_t*, uint32_t* dst,
+                           int64_t ld_dst) {
+  transpose(src, ld_src, dst, ld_dst);
+}
+
 inline I load_dwords(const void* p) {
   I v;
   std::memcpy(&v, p, sizeof v);

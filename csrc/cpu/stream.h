@@ -49,6 +49,22 @@ struct Prefetcher {
   }
 };
 
+// Transposes the next chunk's nibbles, a part beside each dword of this one: all at once, the
+// shuffles would leave the multipliers idle (8 % at 12 rows, Zen 4).
+struct Staging {
+  const uint32_t* next;  // null: nothing to do
+  int64_t row_dwords;
+  uint32_t* between;  // [kStreamVectors][kWidth][kWidth]
+  uint32_t* nibbles;  // the same
+  void advance(int64_t d) const {
+    static_assert(kTransposeParts * kStreamVectors <= kWidth);
+    const int64_t v = d % kStreamVectors, part = d / kStreamVectors, size = kWidth * kWidth;
+    if (part >= kTransposeParts) return;
+    transpose_part(static_cast<int>(part), next + v * kWidth * row_dwords, row_dwords,
+                   between + v * size, nibbles + v * size, kWidth);
+  }
+};
+
 // c[kRows, kStreamColumns] += the products of dwords [from, to) of a chunk, scaled.
 template <class Math, int kRows>
 void stream_block(const uint32_t* nibbles,            // [kStreamVectors][kWidth][kWidth]
@@ -56,9 +72,10 @@ void stream_block(const uint32_t* nibbles,            // [kStreamVectors][kWidth
                   const typename Math::Element* x,    // [kRows][kChunk]
                   const typename Math::Codes& codes,  //
                   const float* scales,                // [kStreamColumns]
-                  Prefetcher& ahead, float* c) {
+                  Prefetcher& ahead, const Staging& staging, float* c) {
   // Additions take 4 to 6 cycles: few rows need several chains to keep both units busy.
   constexpr int kChains = kRows * kStreamVectors <= 4 ? 4 : kRows * kStreamVectors <= 8 ? 2 : 1;
+  constexpr int kBytes = kRows * kChunk / kWidth * static_cast<int>(sizeof *x);
   F acc[kChains][kRows][kStreamVectors];
   for (auto& chain : acc) {
     for (auto& row : chain) {
@@ -68,6 +85,10 @@ void stream_block(const uint32_t* nibbles,            // [kStreamVectors][kWidth
   for (int64_t d = from; d < to; ++d) {
     // A few lines at a time: a burst of prefetches fills the miss queue and stalls the arithmetic.
     ahead.advance(kStreamColumns * sizeof(uint32_t));
+    if (staging.next) staging.advance(d);
+    // x for this dword in the next chunk: its rows are too short for a hardware prefetcher.
+    const auto* next_x = reinterpret_cast<const uint8_t*>(x + kRows * kChunk) + d * kBytes;
+    for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(next_x + i, 0, 3);
     I lanes[kStreamVectors];
     for (int v = 0; v < kStreamVectors; ++v) {
       lanes[v] = load_dwords(nibbles + (v * kWidth + d) * kWidth);
@@ -99,12 +120,12 @@ void stream_block(const uint32_t* nibbles,            // [kStreamVectors][kWidth
 template <class Math, int kRows>
 void stream_rows(int64_t rows, const uint32_t* nibbles, int64_t from, int64_t to,
                  const typename Math::Element* x, const typename Math::Codes& codes,
-                 const float* scales, Prefetcher& ahead, float* c) {
+                 const float* scales, Prefetcher& ahead, const Staging& staging, float* c) {
   if constexpr (kRows > 0) {
     if (rows == kRows) {
-      return stream_block<Math, kRows>(nibbles, from, to, x, codes, scales, ahead, c);
+      return stream_block<Math, kRows>(nibbles, from, to, x, codes, scales, ahead, staging, c);
     }
-    stream_rows<Math, kRows - 1>(rows, nibbles, from, to, x, codes, scales, ahead, c);
+    stream_rows<Math, kRows - 1>(rows, nibbles, from, to, x, codes, scales, ahead, staging, c);
   }
 }
 
@@ -125,20 +146,36 @@ void stream_columns(const Product& p, const typename Math::Element* x, int64_t c
   for (int64_t r = 0; r < p.rows; ++r) {
     for (int v = 0; v < kStreamVectors; ++v) store(c + r * kTaskColumns + v * kWidth, zero());
   }
-  alignas(64) uint32_t nibbles[kStreamVectors * kWidth * kWidth];
-  for (int64_t first = 0; first < p.depth; first += kChunk, x += p.rows * kChunk) {
-    const int64_t depth = min(kChunk, p.depth - first);
+  constexpr int64_t kSize = kStreamVectors * kWidth * kWidth;
+  alignas(64) uint32_t nibbles[2][kSize], between[kSize];
+  const auto load = [&](int64_t first, uint32_t* out) {
     for (int v = 0; v < kStreamVectors; ++v) {
-      load_nibbles(p.b, column + v * kWidth, columns - v * kWidth, first, depth, 0,
-                   nibbles + v * kWidth * kWidth);
+      load_nibbles(p.b, column + v * kWidth, columns - v * kWidth, first, p.depth - first, 0,
+                   out + v * kWidth * kWidth);
+    }
+  };
+  load(0, nibbles[0]);
+  const int64_t row_bytes = p.depth / 2;
+  const uint8_t* packed = weight.packed + column * row_bytes;
+  bool odd = false;
+  for (int64_t first = 0; first < p.depth; first += kChunk, x += p.rows * kChunk, odd = !odd) {
+    const int64_t depth = min(kChunk, p.depth - first), next = first + kChunk;
+    const bool whole = columns >= kStreamColumns && next + kChunk <= p.depth;
+    Staging staging{};
+    if (whole) {
+      staging = {reinterpret_cast<const uint32_t*>(packed + next / 2), row_bytes / 4, between,
+                 nibbles[!odd]};
+    } else if (next < p.depth) {
+      load(next, nibbles[!odd]);
     }
     for (int64_t r = 0; r < p.rows; r += height) {
       Prefetcher none{ahead.end, ahead.end};
+      if (r > 0) staging.next = nullptr;
       for (int64_t from = 0; from < depth; from += flush) {
         stream_rows<Math, kStreamRows>(
-            min(height, p.rows - r), nibbles, from / 8, min(from + flush, depth) / 8,
+            min(height, p.rows - r), nibbles[odd], from / 8, min(from + flush, depth) / 8,
             x + r * kChunk, codes, scales + ((first + from) >> weight.block_shift) * kStreamColumns,
-            r == 0 ? ahead : none, c + r * kTaskColumns);
+            r == 0 ? ahead : none, staging, c + r * kTaskColumns);
       }
     }
   }
