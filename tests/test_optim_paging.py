@@ -41,13 +41,12 @@ class LateMemory:
         self.host.append(torch.zeros(nbytes, dtype=torch.uint8))
         return self.host[-1]
 
-    def slot(self, slot: int, nbytes: int) -> Tensor:
-        if slot not in self.slots or self.slots[slot].numel() < nbytes:
-            self.slots[slot] = torch.full((2 * PAGE_BYTES,), 0xEE, dtype=torch.uint8)
+    def slot(self, slot: int) -> Tensor:
         return self.slots[slot]
 
     def load(self, page: Page, slot: int) -> None:
-        buffer = self.slot(slot, page.nbytes)
+        buffer = torch.full((page.nbytes,), 0xEE, dtype=torch.uint8)
+        self.slots[slot] = buffer
         self._push(slot, lambda: self._copy(page, self.host[page.buffer], buffer, "host", "slot"))
         self.loads += 1
 

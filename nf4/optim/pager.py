@@ -3,7 +3,7 @@
 ``Pager`` decides which states stay, and runs a step over the pages of the others; ``CudaMemory``
 holds the bytes and moves them: pinned host buffers, a few page slots on the device, and one side
 stream for each direction. The CUDA part has run on no GPU yet; tests drive ``Pager`` with a memory
-of their own on the CPU.
+of their own, and ``CudaMemory`` with streams that check its order, on the CPU.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Memory(Mover, Protocol):
     def host_buffer(self, nbytes: int) -> Tensor:
         """A further host buffer of zeros, uint8 [nbytes]; pages name it by its number."""
 
-    def slot(self, slot: int, nbytes: int) -> Tensor:
-        """The uint8 buffer of a slot on the device, of at least ``nbytes``."""
+    def slot(self, slot: int) -> Tensor:
+        """The uint8 buffer on the device of a slot that something was loaded into."""
 
     def finish(self) -> None:
         """Wait until every copy is done."""
@@ -67,14 +67,15 @@ class Pager:
             sum(n * dtype.itemsize for n, dtype in layout(t.numel(), bits).values())
             for _, t, bits in local
         ]
-        paged = local[paging.resident_prefix(sizes, self._memory.budget()) :]
+        rest = local[paging.resident_prefix(sizes, self._memory.budget()) :]
+        paged = [(p, t, bits) for p, t, bits in rest if t.numel() > 0]
         if not paged:
             return {}
         plan = paging.plan(
             [(p, t.numel(), bits) for p, t, bits in paged], self._buffers, self._page_bytes
         )
-        self._buffers += 1
         buffer = self._memory.host_buffer(plan.nbytes)
+        self._buffers += 1
         self._pages += plan.pages
         placed = {}
         for p, t, _ in paged:
@@ -100,12 +101,10 @@ class Pager:
         if not self._forward:
             wanted.reverse()
         self._forward = not self._forward
-        largest = max((page.nbytes for page in self._pages), default=0)
 
         def compute(page: Page, slot: int) -> None:
-            buffer = self._memory.slot(slot, largest)
             for launch in launches:
-                launch.call_page(page, buffer)
+                launch.call_page(page, self._memory.slot(slot))
 
         paging.stream(self._pages, wanted, self._held, self._slots, self._memory, compute)
 
@@ -129,6 +128,7 @@ class CudaMemory:
         self._device = device
         self._host: list[Tensor] = []
         self._slot: dict[int, Tensor] = {}
+        self._slot_bytes = 0
         self._in = torch.cuda.Stream(device)
         self._out = torch.cuda.Stream(device)
         self._loaded: dict[int, torch.cuda.Event] = {}
@@ -139,26 +139,31 @@ class CudaMemory:
         buffer = torch.zeros(nbytes, dtype=torch.uint8)
         runtime = torch.cuda.cudart()
         torch.cuda.check_error(int(runtime.cudaHostRegister(buffer.data_ptr(), nbytes, 0)))
-        weakref.finalize(self, _unregister, buffer, self._out)
+        weakref.finalize(self, _unregister, buffer, (self._in, self._out))
         self._host.append(buffer)
+        self._slot_bytes = max(self._slot_bytes, min(PAGE_BYTES, nbytes))
         return buffer
 
-    def slot(self, slot: int, nbytes: int) -> Tensor:
-        buffer = self._slot.get(slot)
-        if buffer is None or buffer.numel() < nbytes:
-            buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-            for stream in (self._in, self._out):
-                buffer.record_stream(stream)
-                # The allocator may hand out memory that the current stream still works on.
-                stream.wait_stream(torch.cuda.current_stream(self._device))
-            self._slot[slot] = buffer
-        return buffer
+    def slot(self, slot: int) -> Tensor:
+        return self._slot[slot]
 
     def load(self, page: Page, slot: int) -> None:
         # Behind every store so far: the slot's last one, and the page's own.
         self._in.wait_stream(self._out)
-        self._copy(page, self.slot(slot, page.nbytes), self._in, to_device=True)
+        nbytes = max(self._slot_bytes, page.nbytes)
+        # Only here may a slot move: what it held is stored, and nothing is in it yet.
+        if slot not in self._slot or self._slot[slot].numel() < nbytes:
+            self._slot[slot] = self._device_buffer(nbytes)
+        self._copy(page, self._slot[slot], self._in, to_device=True)
         self._loaded[slot] = self._in.record_event()
+
+    def _device_buffer(self, nbytes: int) -> Tensor:
+        buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        for stream in (self._in, self._out):
+            buffer.record_stream(stream)
+            # The allocator may hand out memory that the current stream still works on.
+            stream.wait_stream(torch.cuda.current_stream(self._device))
+        return buffer
 
     def store(self, page: Page, slot: int) -> None:
         self._out.wait_stream(torch.cuda.current_stream(self._device))
@@ -193,7 +198,8 @@ class CudaMemory:
                     ours.copy_(theirs, non_blocking=True)
 
 
-def _unregister(buffer: Tensor, stream: torch.cuda.Stream) -> None:
-    """Unpin a host buffer whose copies are done."""
-    stream.synchronize()
+def _unregister(buffer: Tensor, streams: Sequence[torch.cuda.Stream]) -> None:
+    """Unpin a host buffer once the copies from and to it are done."""
+    for stream in streams:
+        stream.synchronize()
     torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
