@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -42,7 +42,8 @@ class Stack:
         return table.shape[0] // block_r, table
 
 
-@lru_cache
+# Never dropped: a captured graph may read it at every replay.
+@cache
 def _table(ranks: tuple[int, ...], block_r: int, separate: bool, device: torch.device) -> Tensor:
     """int32 [tiles * block_r, 4], as ``kernels/_stack.py`` reads it.
 
