@@ -53,6 +53,25 @@ def test_prepare_model_keeps_bytes_of_quantized_layers() -> None:
         assert type(layer) is nf4.Linear4bitLoRA and layer.weight.data_ptr() == packed.data_ptr()
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_over_another_one_is_it(training: bool) -> None:
+    """With and without an adapter, both ways: the same bytes, settings, mode and output."""
+    linear = nn.Linear(70, 50, dtype=torch.bfloat16).train(training)
+    plain = nf4.NF4Linear.from_linear(linear, block_size=32, compute_dtype=torch.float32)
+    plain.fan_in_fan_out = True  # as of a Conv1D
+    adapted = nf4.Linear4bitLoRA.from_layer(plain, r=3, lora_alpha=6)
+    back = nf4.NF4Linear.from_layer(adapted)
+    assert type(adapted) is nf4.Linear4bitLoRA and type(back) is nf4.NF4Linear
+    assert (adapted.r, adapted.scaling) == (3, 2.0)
+    x = torch.randn(4, 70)
+    for layer in (adapted, back):
+        assert layer.weight.data_ptr() == plain.weight.data_ptr()
+        assert layer.bias.data_ptr() == plain.bias.data_ptr()
+        assert layer.compute_dtype is torch.float32 and layer.fan_in_fan_out
+        assert layer.training is training
+        torch.testing.assert_close(layer(x), plain(x))
+
+
 def test_prepare_model_refuses_what_it_cannot_do() -> None:
     with pytest.raises(ValueError, match="target_modules must match a linear layer"):
         nf4.prepare_model(tiny_llama(), lora=nf4.LoraConfig(target_modules=["nothing"]))

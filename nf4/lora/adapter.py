@@ -228,13 +228,7 @@ def _install(
         for field, value in settings.items():
             setattr(layer, field, value)
     else:
-        layer = Linear4bitLoRA.from_quantized(
-            module.q,
-            module.bias,
-            compute_dtype=module.compute_dtype,
-            fan_in_fan_out=module.fan_in_fan_out,
-            **settings,
-        ).train(module.training)
+        layer = Linear4bitLoRA.from_layer(module, **settings)
         model.set_submodule(name, layer)
     device = module.weight.device
     layer.lora_A = nn.Parameter(parts["lora_A"].to(device))

@@ -60,12 +60,7 @@ def merge_and_unload(
         else:
             assert isinstance(layer, Linear4bitLoRA)
             layer.merge(weight)
-            new = NF4Linear.from_quantized(
-                layer.q,
-                layer.bias,
-                compute_dtype=layer.compute_dtype,
-                fan_in_fan_out=layer.fan_in_fan_out,
-            ).train(layer.training)
+            new = NF4Linear.from_layer(layer)
         model.set_submodule(name, new)
     quantizer = getattr(model, "hf_quantizer", None)
     if into == "16bit" and quantizer is not None:

@@ -150,14 +150,7 @@ def _replacement(
     if isinstance(old, NF4Linear):
         if lora is None or isinstance(old, Linear4bitLoRA):
             return old
-        new = kind.from_quantized(
-            old.q,
-            old.bias,
-            compute_dtype=old.compute_dtype,
-            fan_in_fan_out=old.fan_in_fan_out,
-            **lora_kwargs,
-        )
-        return new.train(old.training)
+        return kind.from_layer(old, **lora_kwargs)
     try:
         new = kind.from_linear(old, **quantization.layer_kwargs(), **lora_kwargs)
     except ValueError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from nf4 import functional
 from nf4.nn.shared import SharedInput
 from nf4.nn.weight import QuantizedWeight
 from nf4.tensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    from typing import Self  # Python 3.11
 
 
 class NF4Linear(QuantizedWeight):
@@ -64,7 +67,7 @@ class NF4Linear(QuantizedWeight):
         *,
         compute_dtype: torch.dtype | None = None,
         **kwargs: Any,
-    ) -> NF4Linear:
+    ) -> Self:
         """A layer over an existing ``QuantizedTensor`` ``[out, in]``; nothing is copied."""
         out_features, in_features = q.shape
         module = cls(
@@ -83,6 +86,17 @@ class NF4Linear(QuantizedWeight):
         if bias is not None:
             module.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return module
+
+    @classmethod
+    def from_layer(cls, layer: NF4Linear, **kwargs: Any) -> Self:
+        """A layer of this class over another one's weight and bias; nothing is copied."""
+        return cls.from_quantized(
+            layer.q,
+            layer.bias,
+            compute_dtype=layer.compute_dtype,
+            fan_in_fan_out=layer.fan_in_fan_out,
+            **kwargs,
+        ).train(layer.training)
 
     @classmethod
     def from_linear(
@@ -213,9 +227,8 @@ class Linear4bitLoRA(NF4Linear):
         *,
         compute_dtype: torch.dtype | None = None,
         **kwargs: Any,
-    ) -> Linear4bitLoRA:
+    ) -> Self:
         module = super().from_quantized(q, bias, compute_dtype=compute_dtype, **kwargs)
-        assert isinstance(module, Linear4bitLoRA)
         for name in ("lora_A", "lora_B"):
             parameter = getattr(module, name)
             setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=q.device)))
