@@ -69,15 +69,20 @@ class Library:
         self._c = ctypes.CDLL(str(path))
         self._c.nf4_emulation_reports.restype = ctypes.c_char_p
         self._race = mode == "race"
-        # "<multiprocessors>:<compute capability>" of the device that launchers see.
+        # "<multiprocessors>:<compute capability>" of the device that launchers see, and
+        # ":no tensor maps" for a driver that encodes none.
         device = os.environ.get("NF4_EMULATED_DEVICE", "3:90").split(":")
         seed = int(os.environ.get("NF4_EMULATED_SEED", random.randrange(8)))
         print(f"CUDA emulation: {mode}, schedule seed {seed}, device {device}")
-        self.configure(seed, int(device[0]), int(device[1]))
+        self.configure(seed, int(device[0]), int(device[1]), len(device) == 2)
 
-    def configure(self, seed: int, multiprocessors: int, compute_capability: int) -> None:
+    def configure(
+        self, seed: int, multiprocessors: int, compute_capability: int, tensor_maps: bool
+    ) -> None:
         """Seed of the thread schedule (0: round robin, odd: warp-greedy) and the fake device."""
-        self._c.nf4_emulation_configure(ctypes.c_uint64(seed), multiprocessors, compute_capability)
+        self._c.nf4_emulation_configure(
+            ctypes.c_uint64(seed), multiprocessors, compute_capability, int(tensor_maps)
+        )
 
     def size(self, name: str, *args: Any) -> int:
         """A workspace query."""

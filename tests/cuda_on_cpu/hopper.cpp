@@ -128,6 +128,7 @@ const char* check_async_operand(const unsigned char* p, size_t bytes) {
 bool encode_tensor_map(void* map, const void* base, int element_bytes, int dims,
                        const uint64_t* size, const uint64_t* stride, const uint32_t* box,
                        int swizzle_bytes) {
+  if (!has_tensor_maps()) return false;
   Map m = {};
   m.base = static_cast<const unsigned char*>(base);
   m.element_bytes = element_bytes;

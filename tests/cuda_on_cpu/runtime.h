@@ -76,6 +76,8 @@ void prepare(Thread& thread);
 void switch_to_fiber(Thread* thread);
 void yield_to_scheduler();
 
+bool has_tensor_maps();  // whether the driver encodes them
+
 // Records a defect; the test reads them all afterwards. Never throws: kernels are C++ frames.
 void report(const char* format, ...) __attribute__((format(printf, 1, 2)));
 

@@ -21,6 +21,7 @@ int g_report_count = 0;
 uint64_t g_seed = 0;
 int g_multiprocessors = 4;
 int g_compute_capability = 90;
+bool g_has_tensor_maps = true;
 
 uint64_t next_random() {
   g_seed = g_seed * 6364136223846793005ull + 1442695040888963407ull;
@@ -269,15 +270,18 @@ int run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>&
 
 int multiprocessors() { return g_multiprocessors; }
 int compute_capability() { return g_compute_capability; }
+bool has_tensor_maps() { return g_has_tensor_maps; }
 
 }  // namespace nf4::emulation
 
 // The tests' side.
 extern "C" {
-void nf4_emulation_configure(uint64_t seed, int multiprocessors, int compute_capability) {
+void nf4_emulation_configure(uint64_t seed, int multiprocessors, int compute_capability,
+                             int has_tensor_maps) {
   nf4::emulation::g_seed = seed;
   nf4::emulation::g_multiprocessors = multiprocessors;
   nf4::emulation::g_compute_capability = compute_capability;
+  nf4::emulation::g_has_tensor_maps = has_tensor_maps != 0;
 }
 
 // The defects found since the last call, one a line.
