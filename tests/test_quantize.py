@@ -253,6 +253,18 @@ def test_non_finite_blocks_are_visible(
     assert op("quantize")(both.to(device), 64, fmt.id)[1].isnan().all()
 
 
+@all_formats
+@all_dtypes
+def test_misaligned(
+    fmt: formats.Format, dtype: torch.dtype, backend: str, device: torch.device
+) -> None:
+    """Begins one element past an address that wide loads could take."""
+    x = torch.randn(1029, dtype=dtype).to(device)[1:]
+    packed, absmax = op("quantize")(x, 64, fmt.id)
+    expected = reference.quantize(x.cpu(), 64, fmt.id)
+    assert torch.equal(packed.cpu(), expected[0]) and torch.equal(absmax.cpu(), expected[1])
+
+
 def test_input_is_left_alone(backend: str, device: torch.device) -> None:
     x = torch.randn(130, device=device)
     before = x.clone()

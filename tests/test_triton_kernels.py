@@ -269,6 +269,16 @@ def test_plans_are_valid(block_size: int) -> None:
         assert tuning.linear(blocked, target) is None
 
 
+def test_quantize_loads_pairs_where_it_may() -> None:
+    """Two elements in one load: only where there are whole pairs, at addresses of whole pairs."""
+    for dtype in DTYPES:
+        whole = torch.zeros(1030, dtype=dtype)
+        with triton_launch.recording(tuning.Target(90, 132)) as launches:
+            for x in (whole, whole[2:], whole[1:1029], whole[:1029]):
+                backend_module.quantize(x, 64, formats.NF4.id)
+        assert [launch.args["PAIRS"] for launch in launches] == [True, True, False, False]
+
+
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_a_group_reads_x_once(p: float) -> None:
     """One down-projection and one dA for all members, whatever their masks."""
