@@ -68,6 +68,8 @@ constexpr int64_t kDenseTokens = 4096;
 // costs an SM 2.5 bytes at 16.5 a clock, 0.15 clocks, and M / 2048 for its products. Of 128 tokens,
 // backward_tile.cu decodes each weight for 64 in 8.8 issue slots (cuda_static.csv), so it does at
 // most 64 * 128 / 8.8 = 930 products a clock: M / 930. They meet at M = 260.
+// A weight that backward_tile.cu does not take would go to float32 FMA instead, so there wgmma
+// begins at kHopperTokens.
 constexpr int64_t kBackwardTokens = 256;
 // Tiles of 128 tokens decode each weight twice as often, and then shared memory (128 + 192 of 256
 // clocks) is the limit: 1.25 times slower a token. They win where they leave fewer tokens empty.
