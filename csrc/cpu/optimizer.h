@@ -52,9 +52,18 @@ inline Largest update_moments(const float* g, const Moments& old, const AdamWVec
                               float* new_m, float* new_v, float* denominator) {
   constexpr int kVectors = Moments::kVectors;
   I largest_m = splat(0), largest_v = splat(0);
-  for (int64_t i = 0; i < kStateBlock; i += kVectors * kWidth) {
+  constexpr int64_t kStep = kVectors * kWidth;
+  // Read one step ahead: look-ups and arithmetic then depend on nothing that has just begun.
+  F next_m[kVectors], next_v[kVectors];
+  old.read(0, next_m, next_v);
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < kStateBlock; i += kStep) {
     F m[kVectors], v[kVectors];
-    old.read(i, m, v);
+    for (int j = 0; j < kVectors; ++j) {
+      m[j] = next_m[j];
+      v[j] = next_v[j];
+    }
+    if (i + kStep < kStateBlock) old.read(i + kStep, next_m, next_v);
     for (int j = 0; j < kVectors; ++j) {
       const int64_t at = i + j * kWidth;
       const F grad = load(g + at);

@@ -1,16 +1,12 @@
 // The 8-bit codes of optimizer states, one block of 256 at a time.
 #pragma once
 
-#include "byte_planes.h"
+#include "optimizer_segments.h"
 
 namespace nf4::cpu {
 namespace {
 
 constexpr int64_t kStateBlock = kNestedBlock;
-constexpr uint8_t kSignedZero = 127;  // code of 0 in the signed map; 0 in the unsigned one
-
-constexpr float kThresholds[255] = NF4_DYNAMIC8_THRESHOLDS;
-constexpr float kUnsignedThresholds[255] = NF4_DYNAMIC8_UNSIGNED_THRESHOLDS;
 
 // Sets those of 64 codes right that are in lanes and may be one off.
 template <bool kSigned>
@@ -35,120 +31,6 @@ __attribute__((noinline)) void settle(const float* x, float scale, uint64_t lane
 
 #if NF4_ISA >= NF4_ISA_AVX512
 
-// Codes by arithmetic in 16 bits, 32 elements at a time. The thresholds within a binade lie evenly
-// but for one, at which it is split: at the start of a decade, where the spacing changes, and at
-// the first and the last of all. In each of these segments
-//   mantissa * slope / 2^16 + start, in units of 2^-fraction ranks,
-// with the mantissa's upper 16 bits, is exactly the whole number t at the t-th threshold.
-// make_segments tries this for every threshold. As the line never falls, a code can be wrong only
-// where it is a whole number, and then by one.
-constexpr int kBinades = 32;
-constexpr int kLowestBinade = 96;    // its exponent; it holds all that is below, too
-constexpr float kRebias = 0x1p-96f;  // makes it 0
-
-#if NF4_ISA >= NF4_ISA_AVX512_BF16
-using SegmentCode = uint8_t;  // looked up for 64 elements at once, which takes VBMI
-#else
-using SegmentCode = uint16_t;
-#endif
-
-struct Segments {
-  uint16_t crossing[kBinades] = {};  // upper bits of the last mantissa before the split
-  // First below the splits, then above.
-  uint16_t slope[2 * kBinades] = {};
-  uint16_t start[2 * kBinades] = {};
-  SegmentCode most[2 * kBinades] = {};  // the last rank
-  SegmentCode base[2 * kBinades] = {};  // code of rank 0
-  int fraction = 0;
-  bool right = true;
-};
-
-constexpr uint32_t upper_mantissa(float x) { return bits_of(x) >> 7 & 0xffff; }
-
-// Fits a segment of count thresholds from x on that begins at mantissa low. The code below the
-// first of them has rank 1, lest a rank be negative. The last is counted twice if it starts a
-// decade, for the gap before it is twice as wide.
-constexpr void fit(const float* x, int count, bool starts_decade, uint32_t low, int segment,
-                   Segments* s) {
-  const int32_t one = 1 << s->fraction;
-  int64_t slope = 0, best = 0, best_off = 1 << 30, start = one + one / 2;
-  if (count == 1) slope = one - 1;
-  if (count > 1) {
-    const int64_t ranks = count - 1 + starts_decade;
-    const int64_t width = upper_mantissa(x[count - 1]) - upper_mantissa(x[0]);
-    slope = (ranks * one * 65536 + width / 2) / width;
-  }
-  for (int64_t tried = slope - 9; count && tried <= slope + 9; ++tried) {
-    int64_t least = 1 << 30, largest = -(1 << 30);
-    for (int i = 0; i < count; ++i) {
-      const int64_t t = i + 2 + (starts_decade && i == count - 1);
-      const int64_t above = (upper_mantissa(x[i]) * tried >> 16) - t * one;
-      if (above < least) least = above;
-      if (above > largest) largest = above;
-    }
-    if (tried <= 0xffff && largest - least < best_off) {
-      best_off = largest - least;
-      best = tried;
-      start = -least;
-    }
-  }
-  s->slope[segment] = static_cast<uint16_t>(best);
-  s->start[segment] = static_cast<uint16_t>(start);
-  s->most[segment] = static_cast<SegmentCode>(count + !starts_decade);
-  const int64_t first = (low * best >> 16) + start;
-  if (count && best_off != 0) s->right = false;
-  if (first < one || (first > 2 * one && s->most[segment] > 1)) s->right = false;
-}
-
-// From the count thresholds above zero, the code of zero and the number of codes in the lowest
-// decade.
-constexpr Segments make_segments(const float* thresholds, int count, int zero, int smallest,
-                                 int fraction) {
-  Segments s;
-  s.fraction = fraction;
-  int next = 0;
-  for (int b = 0; b < kBinades; ++b) {
-    const int first = next;
-    const uint32_t exponent = static_cast<uint32_t>(kLowestBinade + b);
-    while (next < count && bits_of(thresholds[next]) >> 23 == exponent) ++next;
-    int split = next;
-    bool edge = false;  // the threshold at which it is split is on the line above
-    for (int i = first; i < next; ++i) {
-      const bool outer = i == 0 || i == count - 1;
-      bool starts = outer;
-      for (int start = smallest; start < count; start = 2 * start + smallest) starts |= i == start;
-      if (starts) split = i;
-      if (starts) edge = outer;
-    }
-    if (split == next && next - first > 1) {  // one line for all would be off here and there
-      split = (first + next) / 2;
-      edge = true;
-    }
-    const bool none = split == next;
-    const uint32_t crossing = none ? 0xffff : upper_mantissa(thresholds[split]) - edge;
-    const int below = split + (!none && !edge);
-    const int above = none || edge ? split : split + 1;
-    s.crossing[b] = static_cast<uint16_t>(crossing);
-    fit(thresholds + first, below - first, below > split, 0, b, &s);
-    fit(thresholds + above, next - above, false, crossing + 1, b + kBinades, &s);
-    s.base[b] = static_cast<SegmentCode>(zero + first - 1);
-    s.base[b + kBinades] = static_cast<SegmentCode>(zero + above - 1);
-    // Zero and what is nearly zero differ in the unsigned map: unsure.
-    if (zero == 0 && first == 0 && below == 0) s.start[b] = static_cast<uint16_t>(1 << fraction);
-  }
-  if (next != count) s.right = false;
-  return s;
-}
-
-// The binade below 1.0 has 36 or 72 ranks, of which 16 bits leave so many:
-constexpr int kSignedFraction = 10, kUnsignedFraction = 9;
-alignas(64) constexpr Segments kSignedSegments = make_segments(kThresholds + kSignedZero,
-                                                               255 - kSignedZero, kSignedZero, 1,
-                                                               kSignedFraction);
-alignas(64) constexpr Segments kUnsignedSegments = make_segments(kUnsignedThresholds, 255, 0, 2,
-                                                                 kUnsignedFraction);
-static_assert(kSignedSegments.right && kUnsignedSegments.right, "a threshold is off its line");
-
 // Which words of two vectors are the lower and the upper halves of their dwords, and which bytes
 // those of their words.
 struct WordOrder {
@@ -166,6 +48,12 @@ constexpr WordOrder make_word_order() {
   return o;
 }
 alignas(64) constexpr WordOrder kWords = make_word_order();
+
+// v, of which the compiler does not know that it is constant, lest it broadcast it anew each time.
+inline I held(I v) {
+  asm("" : "+v"(v));
+  return v;
+}
 
 // Codes of x * scale for a block, and 1 in place of 0 for x > 0 in the unsigned map. Calls
 // meanwhile(i) for every vector i, i + 1, .. of the block, for work that may go on beside this.
@@ -186,6 +74,9 @@ inline void encode_block(const float* x, float scale, uint8_t* codes, const Mean
   const I crossing = _mm512_loadu_si512(t.crossing);
   const I slope0 = _mm512_loadu_si512(t.slope), slope1 = _mm512_loadu_si512(t.slope + 32);
   const I start0 = _mm512_loadu_si512(t.start), start1 = _mm512_loadu_si512(t.start + 32);
+  const I sign = held(_mm512_set1_epi16(0x100)), upper = held(_mm512_set1_epi16(kBinades));
+  const I part = held(_mm512_set1_epi16((1 << kFraction) - 1));
+  const I mirror = held(_mm512_set1_epi8(static_cast<char>(2 * kSignedZero)));
 #if NF4_ISA >= NF4_ISA_AVX512_BF16
   const I even = _mm512_load_si512(kWords.bytes);
   const I most = _mm512_loadu_si512(t.most), base = _mm512_loadu_si512(t.base);
@@ -193,51 +84,73 @@ inline void encode_block(const float* x, float scale, uint8_t* codes, const Mean
   const I most0 = _mm512_loadu_si512(t.most), most1 = _mm512_loadu_si512(t.most + 32);
   const I base0 = _mm512_loadu_si512(t.base), base1 = _mm512_loadu_si512(t.base + 32);
 #endif
-  for (int64_t i = 0; i < kStateBlock; i += 64) {
-    I bits[4], exponent[2], rank[2];
-    __mmask32 unsure[2], negative[2];
-    for (int j = 0; j < 4; ++j) {
-      const F v = mul(load(scaled + i + 16 * j), by);
-      bits[j] = _mm512_srli_epi32(_mm512_castps_si512(v), 7);
-    }
-    for (int j = 0; j < 2; ++j) {
-      const I mantissa = _mm512_permutex2var_epi16(bits[2 * j], low, bits[2 * j + 1]);
-      exponent[j] = _mm512_permutex2var_epi16(bits[2 * j], high, bits[2 * j + 1]);
-      if (kSigned) negative[j] = _mm512_test_epi16_mask(exponent[j], _mm512_set1_epi16(0x100));
-      const __mmask32 above =
-          _mm512_cmpgt_epu16_mask(mantissa, _mm512_permutexvar_epi16(exponent[j], crossing));
-      exponent[j] =
-          _mm512_mask_add_epi16(exponent[j], above, exponent[j], _mm512_set1_epi16(kBinades));
-      const I slope = _mm512_permutex2var_epi16(slope0, exponent[j], slope1);
-      const I start = _mm512_permutex2var_epi16(start0, exponent[j], start1);
-      rank[j] = _mm512_add_epi16(_mm512_mulhi_epu16(mantissa, slope), start);
-      unsure[j] = _mm512_testn_epi16_mask(rank[j], _mm512_set1_epi16((1 << kFraction) - 1));
-      rank[j] = _mm512_srli_epi16(rank[j], kFraction);
-    }
+  // Each operation for the whole block in turn: what the CPU has in its window is then independent
+  // for longer than an operation takes. 5 % of the step against 64 elements in turn (Zen 4).
+  constexpr int kVectors = kStateBlock / 32;
+  I mantissa[kVectors], exponent[kVectors], found[kVectors], rank[kVectors];
+  __mmask32 unsure[kVectors], negative[kVectors], above[kVectors];
+  const auto each = [&](const auto& operation) {
+    for (int j = 0; j < kVectors; ++j) operation(j);
+  };
+  int64_t done = 0;
+  const auto pause = [&] {
+    for (int j = 0; j < 2; ++j, done += 16) meanwhile(done);
+  };
+  I bits[2 * kVectors];
+  for (int j = 0; j < 2 * kVectors; ++j) {
+    bits[j] = _mm512_srli_epi32(_mm512_castps_si512(mul(load(scaled + 16 * j), by)), 7);
+  }
+  each([&](int j) {
+    exponent[j] = _mm512_permutex2var_epi16(bits[2 * j], high, bits[2 * j + 1]);
+    mantissa[j] = _mm512_permutex2var_epi16(bits[2 * j], low, bits[2 * j + 1]);
+  });
+  pause();
+  each([&](int j) { found[j] = _mm512_permutexvar_epi16(exponent[j], crossing); });
+  pause();
+  each([&](int j) { above[j] = _mm512_cmpgt_epu16_mask(mantissa[j], found[j]); });
+  pause();
+  if (kSigned) each([&](int j) { negative[j] = _mm512_test_epi16_mask(exponent[j], sign); });
+  each([&](int j) {
+    exponent[j] = _mm512_mask_add_epi16(exponent[j], above[j], exponent[j], upper);
+  });
+  pause();
+  each([&](int j) { found[j] = _mm512_permutex2var_epi16(slope0, exponent[j], slope1); });
+  pause();
+  each([&](int j) { rank[j] = _mm512_mulhi_epu16(mantissa[j], found[j]); });
+  pause();
+  each([&](int j) { found[j] = _mm512_permutex2var_epi16(start0, exponent[j], start1); });
+  pause();
+  each([&](int j) { rank[j] = _mm512_add_epi16(rank[j], found[j]); });
+  each([&](int j) { unsure[j] = _mm512_testn_epi16_mask(rank[j], part); });
+  each([&](int j) { rank[j] = _mm512_srli_epi16(rank[j], kFraction); });
+  pause();
+  for (int j = 0; j < kVectors; j += 2) {
 #if NF4_ISA >= NF4_ISA_AVX512_BF16
-    const I segment = _mm512_permutex2var_epi8(exponent[0], even, exponent[1]);
-    I code = _mm512_permutex2var_epi8(rank[0], even, rank[1]);
+    const I segment = _mm512_permutex2var_epi8(exponent[j], even, exponent[j + 1]);
+    I code = _mm512_permutex2var_epi8(rank[j], even, rank[j + 1]);
     code = _mm512_min_epu8(code, _mm512_permutexvar_epi8(segment, most));
     code = _mm512_add_epi8(code, _mm512_permutexvar_epi8(segment, base));
 #else
-    for (int j = 0; j < 2; ++j) {
-      const I last = _mm512_permutex2var_epi16(most0, exponent[j], most1);
-      const I first = _mm512_permutex2var_epi16(base0, exponent[j], base1);
-      rank[j] = _mm512_add_epi16(_mm512_min_epu16(rank[j], last), first);
+    for (int k = j; k < j + 2; ++k) {
+      const I last = _mm512_permutex2var_epi16(most0, exponent[k], most1);
+      const I zero = _mm512_permutex2var_epi16(base0, exponent[k], base1);
+      rank[k] = _mm512_add_epi16(_mm512_min_epu16(rank[k], last), zero);
     }
     // Packing works within 128-bit lanes.
     const I order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
-    I code = _mm512_permutexvar_epi64(order, _mm512_packus_epi16(rank[0], rank[1]));
+    I code = _mm512_permutexvar_epi64(order, _mm512_packus_epi16(rank[j], rank[j + 1]));
 #endif
     if (kSigned) {
       // The code of -1.0 would be -1: it saturates.
-      code = _mm512_mask_subs_epu8(code, _mm512_kunpackd(negative[1], negative[0]),
-                                   _mm512_set1_epi8(static_cast<char>(2 * kSignedZero)), code);
+      const __mmask64 mirrored = _mm512_kunpackd(negative[j + 1], negative[j]);
+      code = _mm512_mask_subs_epu8(code, mirrored, mirror, code);
     }
-    _mm512_storeu_si512(codes + i, code);
-    for (int j = 0; j < 4; ++j) meanwhile(i + 16 * j);
-    if (unsure[0] | unsure[1]) {
-      settle<kSigned>(x + i, scale, uint64_t{unsure[1]} << 32 | unsure[0], codes + i);
+    _mm512_storeu_si512(codes + 32 * j, code);
+  }
+  for (int j = 0; j < kVectors; j += 2) {
+    if (unsure[j] | unsure[j + 1]) {
+      const uint64_t lanes = uint64_t{unsure[j + 1]} << 32 | unsure[j];
+      settle<kSigned>(x + 32 * j, scale, lanes, codes + 32 * j);
     }
   }
 }
