@@ -42,9 +42,10 @@ class AdamW(torch.optim.Optimizer):
 
     ``optim_bits`` is 8 or 32; with 8, tensors of fewer than ``min_8bit_size`` elements keep 32-bit
     moments. Every argument from ``lr`` to ``min_8bit_size`` but ``amsgrad`` may be set per
-    parameter group. ``is_paged`` lets moments lie in pinned host memory when GPU memory is short;
-    it has no effect on CPU parameters. ``amsgrad`` must be False; of ``args`` (bitsandbytes'
-    namespace) ``optim_bits`` and ``min_8bit_size`` are read.
+    parameter group. ``is_paged`` lets moments lie in pinned host memory when GPU memory is short,
+    which is settled at a parameter's first step, by the largest use of memory until then; it has no
+    effect on CPU parameters. ``amsgrad`` must be False; of ``args`` (bitsandbytes' namespace)
+    ``optim_bits`` and ``min_8bit_size`` are read.
 
     ``stochastic_rounding`` rounds float16 and bfloat16 parameters up or down at random in
     proportion; the random words depend on ``seed``, the step and the element alone, so replicas
