@@ -68,9 +68,10 @@ def adamw8bit(case: Case, layer: Layer, bench: Bench) -> Workload:
     nbytes = (_READ_BYTES + _WRITTEN_BYTES) * elements
     probes = []
     if isinstance(bench.peaks, CpuPeaks):
-        reads = torch.ones(round(_READ_BYTES * size), dtype=torch.uint8)
-        writes = torch.ones(round(_WRITTEN_BYTES * size), dtype=torch.uint8)
-        probes = [Probe("mix", [[v] for v in bench.peaks.mix(reads, writes)], float(count))]
+        # Of the whole step: one tensor's share would partly stay in the last-level cache.
+        reads = torch.ones(round(_READ_BYTES * elements), dtype=torch.uint8)
+        writes = torch.ones(round(_WRITTEN_BYTES * elements), dtype=torch.uint8)
+        probes = [Probe("mix", [[v] for v in bench.peaks.mix(reads, writes)], 1.0)]
     return Workload(
         case,
         contenders,
