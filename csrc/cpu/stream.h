@@ -85,7 +85,7 @@ void stream_block(const uint32_t* nibbles,            // [kStreamVectors][kWidth
   for (int64_t d = from; d < to; ++d) {
     // A few lines at a time: a burst of prefetches fills the miss queue and stalls the arithmetic.
     ahead.advance(kStreamColumns * sizeof(uint32_t));
-    if (staging.next) staging.advance(d);
+    if (kTransposeParts > 1 && staging.next) staging.advance(d);
     // x for this dword in the next chunk: its rows are too short for a hardware prefetcher.
     const auto* next_x = reinterpret_cast<const uint8_t*>(x + kRows * kChunk) + d * kBytes;
     for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(next_x + i, 0, 3);
@@ -160,7 +160,7 @@ void stream_columns(const Product& p, const typename Math::Element* x, int64_t c
   bool odd = false;
   for (int64_t first = 0; first < p.depth; first += kChunk, x += p.rows * kChunk, odd = !odd) {
     const int64_t depth = min(kChunk, p.depth - first), next = first + kChunk;
-    const bool whole = columns >= kStreamColumns && next + kChunk <= p.depth;
+    const bool whole = kTransposeParts > 1 && columns >= kStreamColumns && next + kChunk <= p.depth;
     Staging staging{};
     if (whole) {
       staging = {reinterpret_cast<const uint32_t*>(packed + next / 2), row_bytes / 4, between,
