@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from cases import Lora, Matmul, op
 from numerics import assert_accurate
-from test_linear_lora import Bound, Inputs
+from test_linear_lora import Bound, Expected, Inputs
 
 import nf4
 
@@ -131,3 +131,19 @@ def test_cuda_linear_lora(case: Lora, cuda_device: torch.device) -> None:
     bound.check("dx", dx, samples=min(m * r, k * min(m, n)), terms=n)
     bound.check("da", da, samples=r * min(m, k), terms=max(m, n))
     bound.check("db", db, samples=r * min(m, n), terms=max(m, k))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bfloat16", "float16"])
+def test_cuda_float32_adapters_are_not_rounded(
+    dtype: torch.dtype, cuda_device: torch.device
+) -> None:
+    """A, B, S and dS enter their products in two 16-bit parts each, finer than the shared bound."""
+    i = Inputs.random(Lora(Matmul((300,), 520, 320), dtype, 33, F32), cuda_device)
+    exact = Expected.of(i, torch.float64)
+    with nf4.use_backend("cuda"):
+        _, s = i.forward()
+        _, da, db = i.backward(exact.s.float())
+    for name, got in {"s": s, "da": da, "db": db}.items():
+        wanted = getattr(exact, name)
+        error = ((got.double() - wanted).norm() / wanted.norm()).item()
+        assert error < 2.0**-14, f"{name}: relative error {error:.1e}"
