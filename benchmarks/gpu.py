@@ -51,8 +51,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("benchmarks.gpu: needs a CUDA device, torch sees none", file=sys.stderr)
         return 1
-    names = [name for name in peers.installed() if name != "torchao"]
-    bench = sweep.cuda_bench((), names)
+    bench = sweep.cuda_bench((), peers.installed())
     red, left_out = sweep.run_cases(bench, cases(), args.csv, 5, 0.02, (), args.seconds)
     for case in left_out:
         print(f"left out for time: {case}")

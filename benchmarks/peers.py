@@ -136,8 +136,9 @@ def linear(case: Case, layer: Layer, x: Tensor, bench: Bench) -> list[Contender]
             packed = _bnb_repacked(layer, x)
             contenders.append(Contender("bitsandbytes_eval", [_forward(m, x) for m in packed]))
     # torchao's scales come in blocks of 256, without a tail; it decodes the whole weight whatever M
-    # is, so two token counts say all.
-    fits = layer.n * layer.k % (BLOCK_SIZE * 256) == 0 and case.m in (1, 512)
+    # is, so a few token counts say all, and the weights of an 8B model do.
+    size = layer.n * layer.k
+    fits = size % (BLOCK_SIZE * 256) == 0 and size <= 1 << 26 and case.m in (1, 512, 2048)
     if "torchao" in bench.peers and case.dtype is torch.bfloat16 and fits:
         contenders.append(_torchao(layer, x))
     return contenders
