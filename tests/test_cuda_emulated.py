@@ -123,7 +123,13 @@ PLANTS = [
     ("WRONG_PHASE", "race", "hopper", MBARRIER_WAIT),
     ("WRONG_PHASE", "race", "dense", MBARRIER_WAIT),
     # dx: W read as if the reduction ran along its rows, and the same waits.
-    ("WRONG_TRANSPOSE", "asan", "dx values", r"out of bounds of a shared array|dx: \d+ of"),
+    # It reads past its stage: into the next one, perhaps while a copy writes there, or past all.
+    (
+        "WRONG_TRANSPOSE",
+        "asan",
+        "dx values",
+        r"out of bounds of a shared array|a copy is still writing|dx: \d+ of",
+    ),
     ("MISSING_WGMMA_WAIT", "asan", "dx", WGMMA_WAIT),
     ("MISSING_MBARRIER_WAIT", "race", "dx", MBARRIER_WAIT),
     # Who reads s without waiting for the CTAs that compute it.
