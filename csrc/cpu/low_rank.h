@@ -61,9 +61,9 @@ inline void pack_basis(const LowRankPass& pass, int64_t column, int64_t columns,
 inline const uint32_t* as_panel(const float* b) { return reinterpret_cast<const uint32_t*>(b); }
 
 // Columns [column, column + columns), at most kPassColumns: part [m, row_length] (+)= their share
-// of P, and sums [rank, kPassColumns] = weights * in.
-inline void pass_columns(const LowRankPass& pass, int64_t column, int64_t columns,
-                         int64_t row_length, float* memory, float* part, bool fresh) {
+// of P. Returns sums [rank, kPassColumns] = weights * in, which lie in `memory`.
+inline const float* pass_columns(const LowRankPass& pass, int64_t column, int64_t columns,
+                                 int64_t row_length, float* memory, float* part, bool fresh) {
   float* in = memory;
   float* basis = in + kPassRows * kPassColumns;
   float* sums = basis + kPassColumns * row_length;
@@ -89,6 +89,7 @@ inline void pass_columns(const LowRankPass& pass, int64_t column, int64_t column
                        min(kPanelColumns, columns - i), rows, sums + i, kPassColumns, first == 0);
     }
   }
+  return sums;
 }
 
 // Calls finish(column, columns, sums) for each piece of weights * in, with sums
@@ -109,11 +110,9 @@ void run(const LowRankPass& pass, const Finish& finish) {
     const int64_t begin = task * each, end = min(width, begin + each);
     for (int64_t column = begin; column < end; column += kPassColumns) {
       const int64_t columns = min(kPassColumns, end - column);
-      pass_columns(pass, column, columns, row_length, memory,
-                   parts ? parts + task * part_size : nullptr, column == begin);
-      if (pass.weights) {
-        finish(column, columns, memory + kPassRows * kPassColumns + kPassColumns * row_length);
-      }
+      const float* sums = pass_columns(pass, column, columns, row_length, memory,
+                                       parts ? parts + task * part_size : nullptr, column == begin);
+      if (pass.weights) finish(column, columns, sums);
     }
   });
   if (!pass.projected) return;
