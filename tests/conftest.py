@@ -7,6 +7,7 @@ import random
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 # Deterministic cuBLAS, which torch.use_deterministic_algorithms asks for.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import nf4
+from nf4.backends import tuning_table
 from nf4.ops import BACKENDS
 
 SEED = int(os.environ.get("NF4_TEST_SEED", random.SystemRandom().randrange(2**31)))
@@ -81,3 +83,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tuning_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The tuning table that the environment names; not there yet."""
+    path = tmp_path / "folder" / "table.json"
+    monkeypatch.setenv(tuning_table.VARIABLE, str(path))
+    tuning_table.reload()
+    yield path
+    tuning_table.reload()

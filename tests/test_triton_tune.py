@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,21 +19,12 @@ from nf4.backends.tuning import Shape
 from nf4.backends.tuning_table import Entry, MatmulConfig
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("tuning_file")
 ROOT = Path(__file__).resolve().parent.parent
 GPU = "Some GPU"
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"
 )
-
-
-@pytest.fixture(autouse=True)
-def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The table that the environment names; not there yet."""
-    path = tmp_path / "folder" / "table.json"
-    monkeypatch.setenv(tuning_table.VARIABLE, str(path))
-    tuning_table.reload()
-    yield path
-    tuning_table.reload()
 
 
 @interpreted
@@ -125,7 +116,7 @@ def test_search_drops_what_is_wrong_or_fails(monkeypatch: pytest.MonkeyPatch) ->
 
 @interpreted
 def test_command(
-    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tuning_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From the words of the command to launches that the written table plans."""
     from nf4.backends import tune
@@ -144,7 +135,7 @@ def test_command(
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == 4  # two shapes, forward and backward
     assert all(row["ms"] < row["builtin_ms"] for row in rows)
-    entries = tuning_table.read(file)[GPU].entries
+    entries = tuning_table.read(tuning_file)[GPU].entries
     assert len(entries) == 4
     target = replace(target_of(device), name=GPU)
     for entry in entries:
@@ -154,7 +145,7 @@ def test_command(
 
     assert command.main(["--shapes", "16x64", "--tokens", "1"]) == 0
     shown = capsys.readouterr().out
-    assert "16x64 M=1" in shown and f"{file}: 2 entries for {GPU}" in shown
+    assert "16x64 M=1" in shown and f"{tuning_file}: 2 entries for {GPU}" in shown
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the command would run")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,10 @@ from nf4.backends.tuning import Shape, Target
 from nf4.backends.tuning_table import Entry, Key, MatmulConfig, Table
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("tuning_file")
 GPU = "Some GPU"
 TARGET = Target(90, 132, GPU)
 CONFIG = MatmulConfig(32, 64, 32, 4, 3, split=2)
-
-
-@pytest.fixture(autouse=True)
-def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The table that the environment names; not there yet."""
-    path = tmp_path / "folder" / "table.json"
-    monkeypatch.setenv(tuning_table.VARIABLE, str(path))
-    tuning_table.reload()
-    yield path
-    tuning_table.reload()
 
 
 def linear_key(n: int = 640, k: int = 1280) -> Key:
@@ -67,44 +58,46 @@ def random_entries(count: int) -> list[Entry]:
     return list(entries.values())
 
 
-def test_round_trip(file: Path) -> None:
+def test_round_trip(tuning_file: Path) -> None:
     """What is written is read; later writes add, replace, and leave other devices alone."""
     first, second = random_entries(20), random_entries(20)
-    tuning_table.write(file, GPU, first)
-    tuning_table.write(file, "Another", second)
+    tuning_table.write(tuning_file, GPU, first)
+    tuning_table.write(tuning_file, "Another", second)
     changed = replace(first[0], config=replace(first[1].config or CONFIG, num_stages=1))
     if tuning_table.broken_rule(changed.key, changed.config):
         changed = first[0]
-    tuning_table.write(file, GPU, [changed, *second])
+    tuning_table.write(tuning_file, GPU, [changed, *second])
 
-    sections = tuning_table.read(file)
+    sections = tuning_table.read(tuning_file)
     assert set(sections) == {GPU, "Another"}
     assert set(sections["Another"].entries) == set(second)
     expected = {(e.key, e.m): e for e in [*first, changed, *second]}
     assert {(e.key, e.m): e for e in sections[GPU].entries} == expected
     assert sections[GPU].kernels == tuning_table.kernels_hash()
-    assert [p.name for p in file.parent.iterdir()] == [file.name]  # no temporary left
+    assert [p.name for p in tuning_file.parent.iterdir()] == [tuning_file.name]  # no temporary left
 
 
-def test_a_failed_write_leaves_the_old_table(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tuning_table.write(file, GPU, [Entry(linear_key(), 8, CONFIG)])
-    before = file.read_bytes()
+def test_a_failed_write_leaves_the_old_table(
+    tuning_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuning_table.write(tuning_file, GPU, [Entry(linear_key(), 8, CONFIG)])
+    before = tuning_file.read_bytes()
 
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr(tuning_table.json, "dump", fail)
     with pytest.raises(OSError, match="disk full"):
-        tuning_table.write(file, GPU, [Entry(linear_key(), 16, CONFIG)])
-    assert file.read_bytes() == before
-    assert [p.name for p in file.parent.iterdir()] == [file.name]
+        tuning_table.write(tuning_file, GPU, [Entry(linear_key(), 16, CONFIG)])
+    assert tuning_file.read_bytes() == before
+    assert [p.name for p in tuning_file.parent.iterdir()] == [tuning_file.name]
 
 
-def test_the_table_comes_first(file: Path) -> None:
+def test_the_table_comes_first(tuning_file: Path) -> None:
     """Up to the largest tuned row count, on its device, and for its shape alone."""
     other = replace(CONFIG, block_n=32)
     rows = [(4, CONFIG), (16, other), (64, None)]
-    tuning_table.write(file, GPU, [Entry(linear_key(), m, config) for m, config in rows])
+    tuning_table.write(tuning_file, GPU, [Entry(linear_key(), m, config) for m, config in rows])
     assert [plan(m) for m in (1, 4, 5, 16, 17, 64)] == [CONFIG, CONFIG, other, other, None, None]
     assert plan(65) == builtin(65) is not None
     assert plan(4, replace(TARGET, name="Another")) == builtin(4) != CONFIG
@@ -114,23 +107,25 @@ def test_the_table_comes_first(file: Path) -> None:
     assert tuning.linear(Shape(4, 640, 1280, 64, False, 2), TARGET) is None
 
 
-def test_every_op_asks_the_table(file: Path) -> None:
+def test_every_op_asks_the_table(tuning_file: Path) -> None:
     entries = [
         Entry(Key("linear_backward", 640, 1280, 2, 64), 4, CONFIG),
         Entry(Key("dense", 640, 1280, 2), 4, replace(CONFIG, split=1)),
         Entry(Key("dense_backward", 640, 1280, 2), 4, replace(CONFIG, split=1, num_warps=8)),
         Entry(Key("dense_backward", 640, 1280, 2, 0, True), 4, replace(CONFIG, split=1, block_m=8)),
     ]
-    tuning_table.write(file, GPU, entries)
+    tuning_table.write(tuning_file, GPU, entries)
     assert tuning.linear_backward(Shape(4, 640, 1280, 64, True, 2), TARGET) == entries[0].config
     assert tuning.dense(4, 640, 1280, False, False, 2, TARGET) == entries[1].config
     assert tuning.dense(4, 1280, 640, True, False, 2, TARGET) == entries[2].config
     assert tuning.dense(4, 1280, 640, True, True, 2, TARGET) == entries[3].config
 
 
-def test_without_a_table(file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_table(
+    tuning_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """A named file must be there; the default one need not."""
-    with pytest.raises(FileNotFoundError, match=str(file)):
+    with pytest.raises(FileNotFoundError, match=str(tuning_file)):
         plan(4)
     monkeypatch.setenv(tuning_table.VARIABLE, "")
     assert plan(4) == builtin(4)
@@ -144,16 +139,16 @@ def test_without_a_table(file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert plan(4) == CONFIG
 
 
-def test_a_stale_table_is_passed_over_visibly(file: Path) -> None:
-    tuning_table.write(file, GPU, [Entry(linear_key(), 8, CONFIG)])
-    content = json.loads(file.read_text())
+def test_a_stale_table_is_passed_over_visibly(tuning_file: Path) -> None:
+    tuning_table.write(tuning_file, GPU, [Entry(linear_key(), 8, CONFIG)])
+    content = json.loads(tuning_file.read_text())
     content["devices"][GPU]["kernels"] = "0" * 16
-    file.write_text(json.dumps(content))
-    with pytest.warns(UserWarning, match=f"{file}.*other kernels.*nf4 tune"):
+    tuning_file.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match=f"{tuning_file}.*other kernels.*nf4 tune"):
         assert plan(4) == builtin(4)
     assert "other kernels" in tuning_table.status(GPU)
-    tuning_table.write(file, GPU, [Entry(linear_key(), 64, CONFIG)])  # the stale entries go
-    assert [e.m for e in tuning_table.read(file)[GPU].entries] == [64]
+    tuning_table.write(tuning_file, GPU, [Entry(linear_key(), 64, CONFIG)])  # the stale entries go
+    assert [e.m for e in tuning_table.read(tuning_file)[GPU].entries] == [64]
 
 
 Change = Callable[[dict[str, Any]], object]
@@ -219,23 +214,25 @@ INVALID: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("name", INVALID)
-def test_invalid_tables(name: str, file: Path) -> None:
+def test_invalid_tables(name: str, tuning_file: Path) -> None:
     """Each is refused with the file, the rule and the value, when a launch is planned."""
     change, rule = INVALID[name]
-    tuning_table.write(file, GPU, [Entry(linear_key(), 8, CONFIG)])
-    content = json.loads(file.read_text())
+    tuning_table.write(tuning_file, GPU, [Entry(linear_key(), 8, CONFIG)])
+    content = json.loads(tuning_file.read_text())
     change(content)
-    file.write_text(json.dumps(content))
+    tuning_file.write_text(json.dumps(content))
     with pytest.raises(ValueError) as caught:
         plan(4)
-    assert str(caught.value).startswith(f"nf4.tuning: {file}: ") and rule in str(caught.value)
+    assert str(caught.value).startswith(f"nf4.tuning: {tuning_file}: ") and rule in str(
+        caught.value
+    )
     assert tuning_table.status(GPU) == str(caught.value)  # nf4 doctor reports, and does not crash
 
 
-def test_a_table_that_is_no_json(file: Path) -> None:
-    tuning_table.write(file, GPU, [])
-    file.write_text(file.read_text()[:-9])
-    with pytest.raises(ValueError, match=f"{file} must be JSON"):
+def test_a_table_that_is_no_json(tuning_file: Path) -> None:
+    tuning_table.write(tuning_file, GPU, [])
+    tuning_file.write_text(tuning_file.read_text()[:-9])
+    with pytest.raises(ValueError, match=f"{tuning_file} must be JSON"):
         plan(4)
 
 
