@@ -283,7 +283,10 @@ class AdamW(torch.optim.Optimizer):
         self._warn_of_skipped(("cpu", "cuda"))
         self._flush()
         packed = super().state_dict()
-        packed["state"] = {key: states.to_checkpoint(s) for key, s in packed["state"].items()}
+        tables: dict[torch.device, dict[str, Tensor]] = {}
+        packed["state"] = {
+            key: states.to_checkpoint(s, tables) for key, s in packed["state"].items()
+        }
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ their code tables ``qmap1`` and ``qmap2``. The flat form of older versions is re
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -49,19 +48,24 @@ def new_state(param: Tensor, bits: int) -> dict[str, Tensor]:
     }
 
 
-@lru_cache
-def _code_table(name: str, device: torch.device) -> Tensor:
-    return torch.from_numpy(_MAPS[name].values.copy()).to(device)
+def to_checkpoint(
+    state: dict[str, Any], tables: dict[torch.device, dict[str, Tensor]]
+) -> dict[str, Any]:
+    """The checkpoint entry of one parameter's state. Shares its tensors, unless they are paged.
 
-
-def to_checkpoint(state: dict[str, Any]) -> dict[str, Any]:
-    """The checkpoint entry of one parameter's state. Shares its tensors, unless they are paged."""
+    ``tables`` collects the code tables that all entries of a checkpoint share on a device.
+    """
     tensors = {name: state[name] for name in tensor_names(state)}
     if tensors["state1"].untyped_storage().nbytes() != tensors["state1"].nbytes:
         # torch.save refuses tensors of several dtypes in one storage, and would write all of it.
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     if "absmax1" in tensors:
-        tensors |= {name: _code_table(name, tensors["state1"].device) for name in _MAPS}
+        device = tensors["state1"].device
+        if device not in tables:
+            tables[device] = {
+                name: torch.from_numpy(fmt.values.copy()).to(device) for name, fmt in _MAPS.items()
+            }
+        tensors |= tables[device]
     step = state["step"]
     return {"step": int(step), NESTED_KEY: tensors}
 
