@@ -80,8 +80,9 @@ def test_quantized_bytes_are_equal(
 def test_dequantized_values_are_equal(
     fmt: formats.Format, dtype: torch.dtype, nested: bool, backend: str, device: torch.device
 ) -> None:
-    """From bitsandbytes' own bytes and statistics. Its AVX-512 path takes the scales of other
-    blocks when a row is no whole number of blocks; then float64 decides who is right."""
+    """From bitsandbytes' own bytes and statistics, by its kernels for the device. Where values
+    differ, float64 decides who is right. Its AVX-512 path takes the scales of other blocks when a
+    row is no whole number of blocks, and on some CPUs its float16 differs in the last bit."""
     slow = emulated(backend, device)
     for block_size in formats.BLOCK_SIZES:
         aligned = torch.randn(3, 2 * block_size if not slow else block_size).to(dtype)
@@ -103,12 +104,19 @@ def test_dequantized_values_are_equal(
             limit = exact.abs() * (ROUNDING[dtype] + 2.0**-23) + 2.0**-25
             assert ((ours.double() - exact).abs() <= limit).all()
 
+            state.to(device)
             # For odd rows it compiles a fallback, half a minute each; eager gives the same numbers.
             with torch.compiler.set_stance("force_eager"):
-                values = bnb.dequantize_4bit(theirs, state)
-            if not torch.equal(values, ours):
-                assert x.shape[1] % block_size, f"{list(x.shape)} in blocks of {block_size}"
-                assert ((values.double() - exact).abs() > limit).any()
+                values = bnb.dequantize_4bit(theirs.to(device), state).cpu()
+            differ = values != ours
+            if not differ.any():
+                continue
+            case = f"{list(x.shape)} in blocks of {block_size}"
+            off = (values.double() - exact).abs()
+            if device.type == "cuda" or x.shape[1] % block_size == 0:
+                assert dtype is torch.float16 and (off <= limit).all(), case
+            product = exact.abs() * 2.0**-24  # rounded to float32 before it is rounded again
+            assert ((ours.double() - exact).abs() <= off + 2 * product)[differ].all(), case
 
 
 @pytest.mark.parametrize("count", [1, 256, 1000, 200_000])

@@ -60,21 +60,22 @@ def test_32bit_is_adamw(backend: str, device: torch.device, cls: type[AdamW]) ->
         torch.testing.assert_close(p.double(), e, rtol=0, atol=5e-6)
 
 
-def distance(make, density: float) -> tuple[float, float]:
+def distance(make, density: float, device: torch.device) -> tuple[float, float]:
     """Minimize a noisy, badly scaled quadratic for 200 steps, each entry having a gradient in a
     ``density`` of them. Returns the RMS distance to float64 AdamW's end, and that to the start."""
     generator = torch.Generator().manual_seed(7)
     shape = (64, 128)
     scale = 10.0 ** (torch.rand(shape, generator=generator) * 2 - 2)
-    start = torch.randn(shape, generator=generator)
+    start = torch.randn(shape, generator=generator).to(device)
     settings = {"lr": 1e-2, "betas": (0.9, 0.999), "weight_decay": 1e-2}
     p, exact = nn.Parameter(start.clone()), nn.Parameter(start.double())
     ours, oracle = make([p], **settings), torch.optim.AdamW([exact], **settings)
     for _ in range(200):
         noise = torch.randn(shape, generator=generator) * 0.1
-        active = torch.rand(shape, generator=generator) < density
+        share = scale * (torch.rand(shape, generator=generator) < density)
+        noise, share = noise.to(device), share.to(device)
         for x, optimizer in ((p, ours), (exact, oracle)):
-            x.grad = (scale * (x.detach() + noise) * active).to(x.dtype)
+            x.grad = (share * (x.detach() + noise)).to(x.dtype)
             optimizer.step()
     end = exact.detach()
     rms = [float((end - other).square().mean().sqrt()) for other in (p.detach(), start)]
@@ -88,8 +89,8 @@ def test_8bit_follows_float64_as_closely_as_bitsandbytes(
     # Emulated kernels step as the reference bit for bit: test_adamw_step.
     skip_if_emulated(backend, device)
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    ours, moved = distance(AdamW8bit, density)
-    theirs, _ = distance(bitsandbytes.optim.AdamW8bit, density)
+    ours, moved = distance(AdamW8bit, density, device)
+    theirs, _ = distance(bitsandbytes.optim.AdamW8bit, density, device)
     assert ours <= theirs
     assert ours < 0.06 * moved
 
