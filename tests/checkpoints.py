@@ -100,10 +100,15 @@ def auto_class(kind: str) -> Any:
     return AutoModelForSequenceClassification if kind == "classifier" else AutoModelForCausalLM
 
 
+# A quantized model goes to a GPU where there is one; these tests hold it against CPU tensors.
+ON_CPU: dict[str, Any] = {"device_map": {"": "cpu"}}
+
+
 def load(directory: Path, kind: str = "llama", **kwargs: Any) -> Any:
-    """``from_pretrained``, which must find every weight, and no other."""
+    """``from_pretrained`` onto the CPU, which must find every weight, and no other."""
     if "quantization_config" in (directory / "config.json").read_text() and not reloads(kind):
         pytest.skip("this release of transformers has no hook for quantized experts")
+    kwargs = {**ON_CPU, **kwargs}
     model, info = auto_class(kind).from_pretrained(directory, output_loading_info=True, **kwargs)
     assert not info["missing_keys"] and not info["unexpected_keys"], info
     assert not info["mismatched_keys"], info

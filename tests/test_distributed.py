@@ -21,7 +21,7 @@ def test_two_processes(kind: str, tmp_path: Path) -> None:
     ranks = [
         subprocess.Popen(
             [sys.executable, script, kind, str(rank), str(tmp_path)],
-            env=ENVIRONMENT,
+            env={**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

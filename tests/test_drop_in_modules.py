@@ -90,11 +90,15 @@ def test_functions_agree_with_bitsandbytes(quant_type: str, nested: bool, dtype:
     assert packed.keys() == their_packed.keys()
     assert {k: v.dtype for k, v in packed.items()} == {k: v.dtype for k, v in their_packed.items()}
     assert state.as_dict().keys() == their_state.as_dict().keys()
-    # Each reads what the other wrote.
+    # Each reads what the other wrote. On some CPUs the last bit of their float16 differs.
+    rounding = 2.0**-10 if dtype is torch.float16 else 0.0
     read = ours.QuantState.from_dict({f"w.weight.{k}": v for k, v in their_packed.items()}, "cpu")
-    assert torch.equal(ours.dequantize_4bit(their_codes, read), their_decoded)
     back = theirs.QuantState.from_dict(dict(packed), torch.device("cpu"))
-    assert torch.equal(theirs.dequantize_4bit(codes, back), decoded)
+    for one, other in (
+        (ours.dequantize_4bit(their_codes, read), their_decoded),
+        (theirs.dequantize_4bit(codes, back), decoded),
+    ):
+        torch.testing.assert_close(one, other, rtol=rounding, atol=rounding * 2.0**-14)
     assert read == ours.QuantState.from_dict(dict(their_packed), "cpu") and read != 3
 
 

@@ -38,12 +38,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def quantized(folder: Path, device: str = "cpu", **kwargs: Any) -> Any:
+    """The model of ``folder``, quantized while it is loaded."""
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=nf4.NF4Config(), device_map={"": device}, **kwargs
+    )
+
+
 def load(folder: Path, **kwargs: Any) -> Any:
     """The quantized model with a LoRA adapter, the same one every time."""
     torch.manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=nf4.NF4Config()
-    )
+    model = quantized(folder)
     return peft.get_peft_model(model, config(**{"lora_dropout": 0.05, **kwargs}))
 
 
@@ -143,9 +148,7 @@ def test_resume_repeats_the_losses(kind: str, folder: Path, tmp_path: Path) -> N
 
 def own_adapters(folder: Path) -> Any:
     """The quantized model with nf4's own adapters, the same ones every time."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=nf4.NF4Config()
-    )
+    model = quantized(folder)
     torch.manual_seed(1)
     lora = nf4.LoraConfig(r=4, lora_dropout=0.05, target_modules="all-linear")
     return nf4.prepare_model(model, lora=lora, progress=False)
@@ -175,9 +178,7 @@ def test_float16(scaled: bool, folder: Path, tmp_path: Path, fused: Calls) -> No
     if scaled and not torch.cuda.is_available():
         pytest.skip("fp16=True: needs a CUDA device")
     torch.manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=nf4.NF4Config(), dtype=torch.float16
-    )
+    model = quantized(folder, "cuda" if scaled else "cpu", dtype=torch.float16)
     model = peft.get_peft_model(model, config(lora_dropout=0.05))
     trainer = make(model, tmp_path, bf16=False, fp16=scaled, use_cpu=not scaled, save_strategy="no")
     trainer.train()
@@ -245,9 +246,7 @@ def test_trl(folder: Path, tmp_path: Path, fused: Calls) -> None:
     save_tokenizer(tmp_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     tokenizer.pad_token = tokenizer.eos_token
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=nf4.NF4Config()
-    )
+    model = quantized(folder)
     args = trl.SFTConfig(
         str(tmp_path / "out"),
         max_steps=2,

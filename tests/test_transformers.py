@@ -12,6 +12,7 @@ import pytest
 import torch
 from checkpoints import (
     MODELS,
+    ON_CPU,
     SIZES,
     assert_same_files,
     auto_class,
@@ -218,7 +219,7 @@ def test_no_config_given(automatic: bool, tmp_path: Path) -> None:
     model = quantized(save_model("llama", tmp_path / "16bit"), format="dynamic8")
     model.save_pretrained(tmp_path / "4bit")
     cls = auto_class("llama") if automatic else LlamaForCausalLM
-    again = cls.from_pretrained(tmp_path / "4bit", quantization_config=None)
+    again = cls.from_pretrained(tmp_path / "4bit", quantization_config=None, **ON_CPU)
     ids = token_ids()
     assert torch.equal(logits(again, ids), logits(model, ids))
 
@@ -291,7 +292,7 @@ def test_automatic_device_map(tmp_path: Path) -> None:
     """Sizes are those of the packed weights once they are packed, and foreseen before."""
     saved = save_model("llama", tmp_path / "16bit")
     ids = token_ids()
-    model = load(saved, device_map="auto", **OURS)
+    model = load(saved, device_map="auto", max_memory={"cpu": "1GB"}, **OURS)
     model.save_pretrained(tmp_path / "4bit")
     size = model.get_memory_footprint()
     # All of it fits into its own size (transformers keeps a tenth of a device free), 16-bit not.
@@ -325,6 +326,6 @@ def test_weights_from_elsewhere(form: str, tmp_path: Path) -> None:
         else:
             config = AutoConfig.from_pretrained(tmp_path / source)
             loaded = LlamaForCausalLM.from_pretrained(
-                None, config=config, state_dict=tensors, **OURS
+                None, config=config, state_dict=tensors, **OURS, **ON_CPU
             )
         assert torch.equal(logits(loaded, ids), logits(model, ids))

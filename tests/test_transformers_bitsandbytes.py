@@ -180,7 +180,7 @@ sys.meta_path.insert(0, Absent())
 import torch, nf4
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 ids, expected = torch.load({str(tmp_path / "expected.pt")!r})
-model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "theirs")!r})
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "theirs")!r}, device_map={{"": "cpu"}})
 assert torch.allclose(model(ids).logits, expected, atol=1e-5)
 model.num_parameters()  # imports bitsandbytes where is_loaded_in_4bit is set
 model.save_pretrained({str(tmp_path / "ours")!r})
