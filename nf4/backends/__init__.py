@@ -116,11 +116,19 @@ def _implementation(module: ModuleType, op: str) -> Callable | None:
     return partial(getattr(composed, op), getattr(torch.ops, f"nf4_{module.NAME}"))
 
 
+def _loaded_now(module: ModuleType, op: str, device: torch.device) -> bool:
+    """Whether an op that came here has its native kernel by now: CUDA's are loaded when asked for,
+    and the dispatcher finds them from then on."""
+    return module is cuda and device.type == "cuda" and op in cuda.OPS
+
+
 def _fallback(op: str, *args: Any) -> Any:
     device = _device(args)
     for module in ORDER:
         if module.unsupported(device) is not None:
             continue
+        if _loaded_now(module, op, device):
+            return getattr(torch.ops.nf4, op)(*args)
         implementation = _implementation(module, op)
         if implementation is not None:
             return _run(implementation, device, args)
@@ -134,6 +142,8 @@ def _forced(module: ModuleType, op: str, *args: Any) -> Any:
         raise RuntimeError(
             f"nf4.{op}: backend {module.NAME!r} cannot run on {device.type!r}: {reason}"
         )
+    if _loaded_now(module, op, device):
+        return getattr(torch.ops.nf4_cuda, op)(*args)
     implementation = _implementation(module, op)
     if implementation is None:
         raise RuntimeError(f"nf4.{op}: backend {module.NAME!r} does not implement it")

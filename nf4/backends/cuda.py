@@ -1,18 +1,34 @@
 """The CUDA C++ kernels of ``csrc/cuda``, registered from C++ at the CUDA dispatch key.
 
-Importing this module loads ``nf4/_C_cuda.abi3.so`` where a CUDA device is and the library was built
-for the architecture of every device; else the key stays free, Triton takes the calls, and
-``unsupported`` says why.
+``nf4/_C_cuda.abi3.so`` is loaded where a CUDA device is and the library was built for the
+architecture of every device; else the key stays free, Triton takes the calls, and ``unsupported``
+says why. It is loaded when first asked for, by a call on a CUDA tensor or a question for the
+backends, not at import: to ask for devices is to initialize CUDA, after which a process that forks
+leaves its child without.
 """
 
 from __future__ import annotations
 
 import mmap
+from functools import cache
 from pathlib import Path
 
 import torch
 
 NAME = "cuda"
+# The ops that the library registers.
+OPS = (
+    "quantize",
+    "double_quantize",
+    "dequantize",
+    "dequantize_out",
+    "linear",
+    "linear_backward",
+    "linear_lora",
+    "linear_lora_backward",
+    "linear_lora_group",
+    "adamw_step",
+)
 
 
 def _library() -> Path | None:
@@ -50,8 +66,9 @@ def architectures(library: Path) -> tuple[str, ...]:
         return tuple(text[start : text.find(b";", start)].decode().split("_"))
 
 
-def _load() -> str | None:
-    """Load the native library; the reason why not, or None."""
+@cache
+def load_error() -> str | None:
+    """Load the native library, once; the reason why not, or None."""
     if not torch.cuda.is_available():
         return "no CUDA device"
     library = _library()
@@ -72,11 +89,8 @@ def _load() -> str | None:
     return None
 
 
-LOAD_ERROR = _load()
-
-
 def unsupported(device: torch.device) -> str | None:
     """Why this backend cannot run on ``device``, or None."""
-    if LOAD_ERROR is None and device.type != "cuda":
+    if device.type != "cuda" and torch.cuda.is_available():
         return "needs a CUDA tensor"
-    return LOAD_ERROR
+    return load_error()
