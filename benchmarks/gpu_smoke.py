@@ -1,4 +1,7 @@
-"""Each op once on each GPU backend at small ragged shapes: what a memory checker runs under."""
+"""Each op once at small ragged shapes: what a memory checker runs under.
+
+``python -m benchmarks.gpu_smoke [cuda | triton]``; every usable GPU backend if none is named.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("benchmarks.gpu_smoke: needs a CUDA device, torch sees none", file=sys.stderr)
         return 1
-    for name in ("cuda", "triton"):
+    for name in sys.argv[1:] or ("cuda", "triton"):
         status = nf4.available_backends()[name]
         if status:
             _run(name)

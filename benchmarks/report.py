@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from benchmarks import plot_gpu
 from benchmarks.results import Environment, Measurement, Row
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -18,7 +19,7 @@ _BITSANDBYTES = (
     "bitsandbytes_new_output",
     "peft_bitsandbytes",
 )
-_TABLE_SHAPES = ("4096x4096", "14336x4096", "64x64", "100000000x1")
+_TABLE_SHAPES = ("4096x4096", "14336x4096", "8192x8192", "64x64", "100000000x1")
 _NAMES = {
     "quantize": "quantize",
     "quantize_flat": "quantize, kernel alone",
@@ -171,7 +172,12 @@ def between_markers(path: Path) -> str | None:
 
 
 def plot(rows: Sequence[Row], path: Path) -> Path:
-    """Bars against the machine's limit, one panel per weight shape; needs matplotlib."""
+    """Bars against the machine's limit, one panel per weight shape; needs matplotlib.
+
+    Of a GPU's rows: see ``plot_gpu``.
+    """
+    if rows[0].environment.driver:
+        return plot_gpu.plot(rows, by_case(rows), path)
     import matplotlib
 
     matplotlib.use("Agg")

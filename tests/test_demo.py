@@ -41,6 +41,7 @@ def stop(command: list[str], output: Path, stage: str, by: signal.Signals) -> st
     return printed
 
 
+@pytest.mark.timeout(600)  # three runs of it
 def test_a_stopped_demo_resumes_and_finishes(tmp_path: Path) -> None:
     output = tmp_path / "demo"
     steps = ("--pretrain-steps", "8", "--finetune-steps", "64")

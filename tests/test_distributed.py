@@ -15,6 +15,7 @@ pytest.importorskip("peft")
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed")
+@pytest.mark.timeout(300)  # two processes, each for 120 s at most
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes(kind: str, tmp_path: Path) -> None:
     script = str(Path(__file__).parent / "two_processes.py")

@@ -253,6 +253,7 @@ class TestCompile:
 
         self.run("aot_eager", i, function, 1)
 
+    @pytest.mark.timeout(300)  # compilers are started
     def test_inductor_and_a_drawn_seed(self, device_of_choice: torch.device) -> None:
         """The default compiler, with dropout whose seed is drawn inside the graph."""
         i = lora_arguments(device_of_choice)

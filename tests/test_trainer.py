@@ -220,6 +220,7 @@ def test_load_best_model_at_end(folder: Path, tmp_path: Path) -> None:
     assert stored.keys() == now.keys() and all(torch.equal(stored[k], now[k]) for k in now)
 
 
+@pytest.mark.timeout(300)  # compilers are started
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_torch_compile(folder: Path, tmp_path: Path, backend: str) -> None:
     if backend == "inductor" and not (torch.cuda.is_available() or shutil.which("g++")):
