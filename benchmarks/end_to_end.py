@@ -1,5 +1,7 @@
 """A whole model: one QLoRA step and decoding, in nf4, in bitsandbytes with PEFT, in 16 bits.
 
+``nf4_fused`` is nf4 with q/k/v and gate/up in one call each (``prepare_model(fuse=True)``).
+
 The model has Llama-3-8B's configuration and random weights, so nothing is downloaded; the losses
 mean nothing, the times and the memory do. ``--tiny`` is the same run on a small model, on any
 machine.
@@ -11,8 +13,11 @@ import argparse
 import csv
 import gc
 import statistics
+import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,23 +47,31 @@ TINY = LLAMA_3_8B | {
     "vocab_size": 1024,
 }
 GIB = 1 << 30
+Maker = Callable[[dict[str, Any], torch.device], Any]
+Row = dict[str, Any]
 
 
 def _base_model(config: dict[str, Any], device: torch.device) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    with torch.device(device):
-        model = LlamaForCausalLM(LlamaConfig(**config, dtype="bfloat16")).bfloat16()
+    # Not .bfloat16() afterwards: that would round the rotary frequencies.
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            model = LlamaForCausalLM(LlamaConfig(**config, dtype="bfloat16"))
+    finally:
+        torch.set_default_dtype(default)
     return model.eval()
 
 
-def _nf4_model(config: dict[str, Any], device: torch.device) -> Any:
+def _nf4_model(config: dict[str, Any], device: torch.device, fuse: bool = False) -> Any:
     import nf4
 
     model: Any = _base_model(config, device)
     lora = nf4.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=TARGETS)
-    nf4.prepare_model(model, lora=lora, progress=False)
+    nf4.prepare_model(model, lora=lora, progress=False, fuse=fuse)
     return nf4.prepare_for_qlora(model)
 
 
@@ -81,6 +94,7 @@ def _bitsandbytes_model(config: dict[str, Any], device: torch.device) -> Any:
             )
             new._parameters["weight"] = new.weight._quantize(device)
             model.set_submodule(name, new)
+    model.is_loaded_in_4bit = True  # as from_pretrained leaves it: PEFT takes its 4-bit layer
     return _with_peft(model)
 
 
@@ -144,52 +158,98 @@ def _decode(model: Any, batch: int, new_tokens: int, device: torch.device) -> Ca
     return run
 
 
-def _peak(device: torch.device) -> float:
-    return torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else 0.0
+def _gib(device: torch.device, *, peak: bool) -> float:
+    if device.type != "cuda":
+        return 0.0
+    return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / GIB
 
 
-def run(path: Path, tiny: bool) -> None:
-    """Measure every contender that is installed and write one row each."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = TINY if tiny else LLAMA_3_8B
-    tokens, new_tokens, rounds = (64, 4, 1) if tiny else (2048, 64, 3)
-    makers: dict[str, Callable[[dict[str, Any], torch.device], Any]] = {"nf4": _nf4_model}
-    if {"bitsandbytes", "peft"} <= set(peers.installed()):
-        makers["peft_bitsandbytes"] = _bitsandbytes_model
-    if "peft" in peers.installed():
-        makers["peft_bf16"] = _dense_model
-    env = results.environment(device, "", torch.get_num_threads())
-    rows = []
-    for name, make in makers.items():
-        model = make(config, device)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        row: dict[str, Any] = {"contender": name, "tokens": tokens}
-        row["step_seconds"] = _median_seconds(_training_step(model, tokens, device), device, rounds)
-        row["step_tokens_per_second"] = tokens / row["step_seconds"]
-        row["step_peak_gib"] = _peak(device)
-        model.gradient_checkpointing_disable()
-        for batch in (1, 8):
-            seconds = _median_seconds(_decode(model, batch, new_tokens, device), device, 1)
-            row[f"decode_batch{batch}_tokens_per_second"] = batch * new_tokens / seconds
-        print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" for k, v in row.items()))
-        versions = {k: getattr(env, k) for k in ("date", "commit", "torch", "hardware", "driver")}
-        rows.append(versions | row)
-        del model
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _measure(make: Maker, config: dict[str, Any], device: torch.device, tiny: bool) -> Row:
+    """Seconds, rates and GiB of one contender; what it held is freed after the call."""
+    tokens, new_tokens, rounds = (64, 4, 1) if tiny else (2048, 32, 3)
+    _free(device)
+    start = time.perf_counter()
+    model = make(config, device)
+    _synchronize(device)
+    row: Row = {"build_seconds": time.perf_counter() - start}
+    _free(device)
+    row["weights_gib"] = _gib(device, peak=False)
+    step = _training_step(model, tokens, device)
+    row["step_tokens"] = tokens
+    row["step_seconds"] = _median_seconds(step, device, rounds)
+    row["step_tokens_per_second"] = tokens / row["step_seconds"]
+    row["step_peak_gib"] = _gib(device, peak=True)
+    del step
+    _free(device)
+    model.gradient_checkpointing_disable()
+    for batch in (1, 8):
+        seconds = _median_seconds(_decode(model, batch, new_tokens, device), device, 1)
+        row[f"decode_batch{batch}_tokens_per_second"] = batch * new_tokens / seconds
+    row["decode_peak_gib"] = _gib(device, peak=True)
+    return row
+
+
+def _append(path: Path, row: Row) -> None:
+    """Write a row at once: a run that is cut short keeps those that it has."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def contenders() -> dict[str, Maker]:
+    """The models that can be made of what is installed here."""
+    here = set(peers.installed())
+    makers: dict[str, Maker] = {"nf4": _nf4_model}
+    if {"bitsandbytes", "peft"} <= here:
+        makers["peft_bitsandbytes"] = _bitsandbytes_model
+    makers["nf4_fused"] = partial(_nf4_model, fuse=True)
+    if "peft" in here:
+        makers["peft_bf16"] = _dense_model
+    return makers
+
+
+def run(path: Path, tiny: bool, only: Sequence[str] = ()) -> bool:
+    """Measure every contender, or those named; whether none of them failed."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    makers = contenders()
+    if unknown := set(only) - set(makers):
+        raise SystemExit(f"end_to_end: --only must be one of {', '.join(makers)}, got {unknown}")
+    env = results.environment(device, "", torch.get_num_threads())
+    versions = {
+        name: getattr(env, name)
+        for name in ("date", "commit", "dirty", "torch", "triton", "bitsandbytes", "peft")
+    }
+    versions |= {"hardware": env.hardware, "driver": env.driver, "model": "tiny" if tiny else "8B"}
+    good = True
+    for name in only or makers:
+        start = time.perf_counter()
+        try:
+            row = _measure(makers[name], TINY if tiny else LLAMA_3_8B, device, tiny)
+        except Exception:  # the others are still worth their time
+            traceback.print_exc()
+            good = False
+            continue
+        shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+        print(f"{name} in {time.perf_counter() - start:.0f} s: {', '.join(shown)}", flush=True)
+        _append(path, {**versions, "contender": name, **row})
+    return good
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--only", action="append", help="this contender; may be repeated")
     arguments = parser.parse_args()
-    run(arguments.csv, arguments.tiny)
+    sys.exit(not run(arguments.csv, arguments.tiny, arguments.only or ()))
