@@ -102,11 +102,10 @@ def _dense_lora(
 ) -> Tensor:
     """rows [M, K] times the dense w [K, N] plus mask(scaling * u v) plus bias."""
     dtype = rows.dtype
-    if tuning.tensor_cores(dtype.itemsize, target_of(rows.device)):
+    if tuning.carries_lora(dtype.itemsize, target_of(rows.device)):
         return dense_lora(rows, w, u, v, scaling, bias, dropout, dtype)
-    # Without Triton on tensor cores the vendor's product is faster than one that carries LoRA.
-    term = dense_lora(None, None, u, v, scaling, bias, dropout, dtype)
-    return torch.addmm(term, rows, w)
+    # In place, which saves the copy that torch.addmm makes of what it adds to.
+    return dense_lora(None, None, u, v, scaling, bias, dropout, dtype).addmm_(rows, w)
 
 
 def linear_lora(

@@ -96,7 +96,7 @@ def problems(
             ):
                 if plan is not None:
                     yield Problem(op, *layer)
-                elif tuning.tensor_cores(dtype.itemsize, target):
+                elif tuning.carries_lora(dtype.itemsize, target):
                     masks = (False, True) if dense == "dense_backward" else (False,)
                     yield from (Problem(dense, *layer, dropout) for dropout in masks)
 
