@@ -14,6 +14,7 @@
 
 #include "../cpu/kernels.h"
 #include "checks.h"
+#include "make_empty.h"
 #include "nf4/codes.h"
 
 namespace {
@@ -154,12 +155,12 @@ int64_t rows_of(const Tensor& x) {
 Tensor like(const Tensor& x, int64_t last, std::optional<ScalarType> dtype = std::nullopt) {
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = last;
-  return torch::stable::new_empty(x, sizes, dtype);
+  return make_empty(x, sizes, dtype);
 }
 
 // A new tensor whose memory may be large.
 Tensor new_large(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  Tensor t = torch::stable::new_empty(like, sizes, dtype);
+  Tensor t = make_empty(like, sizes, dtype);
   nf4::cpu::prefer_huge_pages(t.mutable_data_ptr(),
                               t.numel() * static_cast<int64_t>(t.element_size()));
   return t;
@@ -171,8 +172,8 @@ std::tuple<Tensor, Tensor> quantize(Tensor x, int64_t block_size, int64_t format
   const int shift = shift_of(op, block_size);
   const int64_t numel = x.numel();
   Tensor packed = new_large(x, {packed_bytes(is_four_bit(op, format), numel), 1}, ScalarType::Byte);
-  Tensor absmax = torch::stable::new_empty(x, std::vector<int64_t>{ceil_div(numel, block_size)},
-                                           ScalarType::Float);
+  Tensor absmax =
+      make_empty(x, std::vector<int64_t>{ceil_div(numel, block_size)}, ScalarType::Float);
   nf4::cpu::kernels().quantize(in.matrix(), numel, shift, static_cast<int>(format),
                                static_cast<uint8_t*>(packed.mutable_data_ptr()),
                                static_cast<float*>(absmax.mutable_data_ptr()));
@@ -185,10 +186,9 @@ std::tuple<Tensor, Tensor, Tensor> double_quantize(Tensor absmax) {
         name_of(absmax.scalar_type()));
   const Dense in(op, "absmax", absmax);
   const int64_t blocks = absmax.numel();
-  Tensor codes = torch::stable::new_empty(absmax, absmax.sizes(), ScalarType::Byte);
-  Tensor nested = torch::stable::new_empty(
-      absmax, std::vector<int64_t>{ceil_div(blocks, NF4_NESTED_BLOCK_SIZE)});
-  Tensor offset = torch::stable::new_empty(absmax, std::vector<int64_t>{});
+  Tensor codes = make_empty(absmax, absmax.sizes(), ScalarType::Byte);
+  Tensor nested = make_empty(absmax, std::vector<int64_t>{ceil_div(blocks, NF4_NESTED_BLOCK_SIZE)});
+  Tensor offset = make_empty(absmax, std::vector<int64_t>{});
   nf4::cpu::kernels().double_quantize(static_cast<const float*>(in.matrix().data), blocks,
                                       static_cast<uint8_t*>(codes.mutable_data_ptr()),
                                       static_cast<float*>(nested.mutable_data_ptr()),
@@ -206,7 +206,7 @@ void dequantize_out(Tensor packed, Tensor absmax, Maybe nested, Maybe offset, in
     nf4::cpu::kernels().dequantize(q.weight, out.numel(), dtype, out.mutable_data_ptr());
     return;
   }
-  const Tensor dense = torch::stable::new_empty(out, out.sizes());
+  const Tensor dense = make_empty(out, out.sizes());
   nf4::cpu::kernels().dequantize(q.weight, out.numel(), dtype, dense.mutable_data_ptr());
   torch::stable::copy_(out, dense);
 }
@@ -311,11 +311,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_lora_backward(
         "s must be float32 with ", m * parts.lora.rank, " elements, got ", name_of(s.scalar_type()),
         ' ', shape_of(s));
   const std::vector<int64_t> none{0};
-  Tensor dx = needs_dx ? torch::stable::new_empty(x, x.sizes()) : torch::stable::new_empty(x, none);
-  Tensor da = needs_dab ? torch::stable::new_empty(lora_a, lora_a.sizes())
-                        : torch::stable::new_empty(lora_a, none);
-  Tensor db = needs_dab ? torch::stable::new_empty(lora_b, lora_b.sizes())
-                        : torch::stable::new_empty(lora_b, none);
+  Tensor dx = needs_dx ? make_empty(x, x.sizes()) : make_empty(x, none);
+  Tensor da = needs_dab ? make_empty(lora_a, lora_a.sizes()) : make_empty(lora_a, none);
+  Tensor db = needs_dab ? make_empty(lora_b, lora_b.sizes()) : make_empty(lora_b, none);
   LoraGradients out = {};
   if (needs_dx) out.dx = dx.mutable_data_ptr();
   if (needs_dab) out.da = da.mutable_data_ptr();

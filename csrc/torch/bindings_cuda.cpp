@@ -118,7 +118,7 @@ struct Matrix {
   Tensor like(int64_t last, std::optional<ScalarType> dtype = std::nullopt) const {
     Sizes sizes(tensor.sizes().begin(), tensor.sizes().end());
     sizes.back() = last;
-    return torch::stable::new_empty(tensor, sizes, dtype);
+    return make_empty(tensor, sizes, dtype);
   }
   Tensor tensor;
   int dtype;
@@ -131,7 +131,7 @@ Maybe bias_of(const char* op, const Call& call, const Maybe& bias, const Matrix&
   call.same_device("bias", *bias);
   check(bias->dim() == 1 && bias->numel() == n, op, "bias must be [", n, "]");
   if (bias->scalar_type() == x.tensor.scalar_type()) return dense(*bias);
-  Tensor converted = torch::stable::new_empty(*bias, Sizes{n}, x.tensor.scalar_type());
+  Tensor converted = make_empty(*bias, Sizes{n}, x.tensor.scalar_type());
   torch::stable::copy_(converted, *bias);
   return converted;
 }
@@ -143,10 +143,8 @@ std::tuple<Tensor, Tensor> quantize(Tensor x, int64_t block_size, int64_t format
   const Call call(op, x);
   const Tensor in = dense(x);
   const int64_t numel = x.numel();
-  Tensor packed =
-      torch::stable::new_empty(x, Sizes{packed_bytes(format, numel), 1}, ScalarType::Byte);
-  Tensor absmax =
-      torch::stable::new_empty(x, Sizes{ceil_div(numel, block_size)}, ScalarType::Float);
+  Tensor packed = make_empty(x, Sizes{packed_bytes(format, numel), 1}, ScalarType::Byte);
+  Tensor absmax = make_empty(x, Sizes{ceil_div(numel, block_size)}, ScalarType::Float);
   call.done(nf4_cuda_quantize(in.const_data_ptr(), dtype_of(op, "x", x.scalar_type()), numel,
                               static_cast<int>(block_size), static_cast<int>(format),
                               static_cast<uint8_t*>(packed.mutable_data_ptr()),
@@ -160,9 +158,9 @@ std::tuple<Tensor, Tensor, Tensor> double_quantize(Tensor absmax) {
   const Call call(op, absmax);
   const Tensor in = dense(absmax);
   const int64_t count = absmax.numel();
-  Tensor codes = torch::stable::new_empty(absmax, absmax.sizes(), ScalarType::Byte);
-  Tensor nested = torch::stable::new_empty(absmax, Sizes{ceil_div(count, NF4_NESTED_BLOCK_SIZE)});
-  Tensor offset = torch::stable::new_empty(absmax, Sizes{});
+  Tensor codes = make_empty(absmax, absmax.sizes(), ScalarType::Byte);
+  Tensor nested = make_empty(absmax, Sizes{ceil_div(count, NF4_NESTED_BLOCK_SIZE)});
+  Tensor offset = make_empty(absmax, Sizes{});
   const Tensor work = call.workspace(nf4_cuda_double_quantize_workspace(count));
   call.done(nf4_cuda_double_quantize(static_cast<const float*>(in.const_data_ptr()), count,
                                      static_cast<uint8_t*>(codes.mutable_data_ptr()),
@@ -180,7 +178,7 @@ void dequantize_out(Tensor packed, Tensor absmax, Maybe nested, Maybe offset, in
   const Weight w(op, call, packed, absmax, nested, offset, 1, out.numel(), block_size, format);
   const int dtype = dtype_of(op, "out", out.scalar_type());
   const bool direct = out.is_contiguous();
-  Tensor to = direct ? out : torch::stable::new_empty(out, out.sizes());
+  Tensor to = direct ? out : make_empty(out, out.sizes());
   call.done(
       nf4_cuda_dequantize(&w.value, out.numel(), to.mutable_data_ptr(), dtype, call.stream()));
   if (!direct) torch::stable::copy_(out, to);
@@ -189,7 +187,7 @@ void dequantize_out(Tensor packed, Tensor absmax, Maybe nested, Maybe offset, in
 Tensor dequantize(Tensor packed, Tensor absmax, Maybe nested, Maybe offset, Sizes shape,
                   int64_t block_size, int64_t format, ScalarType dtype) {
   dtype_of("dequantize", "dtype", dtype);
-  Tensor out = torch::stable::new_empty(packed, shape, dtype);
+  Tensor out = make_empty(packed, shape, dtype);
   dequantize_out(packed, absmax, nested, offset, block_size, format, out);
   return out;
 }
@@ -308,8 +306,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_lora_backward(
   call.same_device("s", low);
   const Sizes none{0};
   const auto output = [&](bool wanted, const Tensor& like) {
-    return wanted ? torch::stable::new_empty(like, like.sizes())
-                  : torch::stable::new_empty(like, none);
+    return wanted ? make_empty(like, like.sizes()) : make_empty(like, none);
   };
   Tensor dx = output(needs_dx, x), da = output(needs_dab, lora_a), db = output(needs_dab, lora_b);
   const Tensor work = call.workspace(

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../cuda/api.h"
+#include "make_empty.h"
 
 namespace {
 
@@ -71,7 +72,7 @@ class Call {
           " must be on the same CUDA device as the other tensors");
   }
   Tensor workspace(size_t bytes) const {
-    return torch::stable::new_empty(on_, Sizes{static_cast<int64_t>(bytes)}, ScalarType::Byte);
+    return make_empty(on_, Sizes{static_cast<int64_t>(bytes)}, ScalarType::Byte);
   }
   void done(int status) const { check(status == 0, op_, "CUDA launch failed, status ", status); }
 
