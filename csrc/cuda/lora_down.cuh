@@ -22,13 +22,6 @@ constexpr size_t kCounterBytes = 256;  // of workspace, for DownWork::counters
 template <int kTokenTiles>
 constexpr int kDownScratch = kDownWarps * kDownRanks * 8 * kTokenTiles;
 
-// Eight elements of an adapter's row, from a 16-byte aligned place.
-__device__ __forceinline__ void load8_any(const void* p, int dtype, int64_t i, float (&v)[8]) {
-  if (dtype == NF4_FLOAT32) return load8(static_cast<const float*>(p) + i, v);
-  if (dtype == NF4_FLOAT16) return load8(static_cast<const __half*>(p) + i, v);
-  load8(static_cast<const __nv_bfloat16*>(p) + i, v);
-}
-
 // Clears what the mask drops of the 8 elements from `first` on, a multiple of 8. What is left is
 // still to be multiplied by keep_scale.
 __device__ __forceinline__ void drop8(uint4& x, const Dropout& d, int64_t seed, int64_t first) {
@@ -43,6 +36,86 @@ __device__ __forceinline__ void drop8(uint4& x, const Dropout& d, int64_t seed, 
   }
 }
 
+// What a lane loads of 256 elements of K that the 8 warps split: 8 elements of each of its tokens,
+// and of two ranks.
+template <typename T, int kTokenTiles>
+class DownStep {
+ public:
+  __device__ __forceinline__ void load(const Down& p, int64_t m, int64_t first_token,
+                                       int first_rank, int64_t i) {
+    const int g = threadIdx.x % 32 / 4;
+    const bool inside = i < p.c;  // all 8 or none: c % 8 == 0
+#pragma unroll
+    for (int tt = 0; tt < kTokenTiles; ++tt) {
+      const int64_t token = first_token + tt * 8 + g;
+      x_[tt] = make_uint4(0, 0, 0, 0);
+      if (inside && token < m) {
+        x_[tt] = *reinterpret_cast<const uint4*>(static_cast<const T*>(p.in) + token * p.c + i);
+      }
+    }
+    const bool wide = p.right_dtype == NF4_FLOAT32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int rank = first_rank + g + 8 * half;
+      const bool valid = inside && rank < p.r;
+      const auto* at =
+          static_cast<const unsigned char*>(p.right) + (rank * p.c + i) * (wide ? 4 : 2);
+      w_[half][0] = w_[half][1] = make_uint4(0, 0, 0, 0);
+      if (valid) w_[half][0] = reinterpret_cast<const uint4*>(at)[0];
+      if (valid && wide) w_[half][1] = reinterpret_cast<const uint4*>(at)[1];
+    }
+  }
+  // acc[token tile] += right in^T.
+  __device__ __forceinline__ void multiply(float (&acc)[kTokenTiles][4], const Down& p,
+                                           int64_t first_token, int64_t seed, int64_t i) {
+    const int g = threadIdx.x % 32 / 4;
+    uint32_t high[2][4], low[2][4];  // elements 4 s to 4 s + 3 of a lane are k16 step s
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float w[8];
+      unpack8(w_[half], p.right_dtype, w);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        split2<T>(w[2 * j], w[2 * j + 1], high[j / 2][j % 2 * 2 + half],
+                  low[j / 2][j % 2 * 2 + half]);
+      }
+    }
+    if (p.dropout.seed != nullptr) {
+#pragma unroll
+      for (int tt = 0; tt < kTokenTiles; ++tt) {
+        drop8(x_[tt], p.dropout, seed, (first_token + tt * 8 + g) * p.c + i);
+      }
+    }
+#pragma unroll
+    for (int tt = 0; tt < kTokenTiles; ++tt) {
+      const uint32_t first[2] = {x_[tt].x, x_[tt].y}, second[2] = {x_[tt].z, x_[tt].w};
+      mma_m16n8k16<T>(acc[tt], high[0], first);
+      mma_m16n8k16<T>(acc[tt], high[1], second);
+      mma_m16n8k16<T>(acc[tt], low[0], first);
+      mma_m16n8k16<T>(acc[tt], low[1], second);
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ void unpack8(const uint4 (&raw)[2], int dtype, float (&v)[8]) {
+    const uint32_t words[8] = {raw[0].x, raw[0].y, raw[0].z, raw[0].w,
+                               raw[1].x, raw[1].y, raw[1].z, raw[1].w};
+    if (dtype == NF4_FLOAT32) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) v[j] = __uint_as_float(words[j]);
+    } else if (dtype == NF4_FLOAT16) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) unpack2<__half>(words[j], v[2 * j], v[2 * j + 1]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) unpack2<__nv_bfloat16>(words[j], v[2 * j], v[2 * j + 1]);
+    }
+  }
+
+  uint4 x_[kTokenTiles];
+  uint4 w_[2][2];
+};
+
 // s of tokens [first_token, first_token + 8 kTokenTiles) and ranks [first_rank, first_rank + 16):
 // calls `store(token, rank, value)` for each, ranks past r included, where it is zero. The first 8
 // warps share the reduction, their sums are added in warp order; every thread of the block has to
@@ -51,46 +124,26 @@ template <typename T, int kTokenTiles, typename Store>
 __device__ __forceinline__ void down_task(const Down& p, int64_t m, int64_t first_token,
                                           int first_rank, float* scratch, const Store& store) {
   constexpr int kTokens = 8 * kTokenTiles;
+  constexpr int64_t kWide = kDownWarps * 32;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int g = lane / 4, t = lane % 4;
-  const auto* in = static_cast<const T*>(p.in);
   const int64_t seed = p.dropout.seed != nullptr ? *p.dropout.seed : 0;
   if (warp < kDownWarps) {
     float acc[kTokenTiles][4] = {};
-    for (int64_t i = warp * 32 + t * 8; i - t * 8 < p.c; i += kDownWarps * 32) {
-      const bool inside = i < p.c;  // all 8 or none: c % 8 == 0
-      uint4 x[kTokenTiles];
-#pragma unroll
-      for (int tt = 0; tt < kTokenTiles; ++tt) {
-        const int64_t token = first_token + tt * 8 + g;
-        x[tt] = make_uint4(0, 0, 0, 0);
-        if (inside && token < m) x[tt] = *reinterpret_cast<const uint4*>(in + token * p.c + i);
-      }
-      uint32_t high[2][4], low[2][4];  // elements 4 s to 4 s + 3 of a lane are k16 step s
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int rank = first_rank + g + 8 * half;
-        float w[8] = {};
-        if (inside && rank < p.r) load8_any(p.right, p.right_dtype, rank * p.c + i, w);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          split2<T>(w[2 * j], w[2 * j + 1], high[j / 2][j % 2 * 2 + half],
-                    low[j / 2][j % 2 * 2 + half]);
-        }
-      }
-      if (p.dropout.seed != nullptr) {
-#pragma unroll
-        for (int tt = 0; tt < kTokenTiles; ++tt) {
-          drop8(x[tt], p.dropout, seed, (first_token + tt * 8 + g) * p.c + i);
-        }
-      }
-#pragma unroll
-      for (int tt = 0; tt < kTokenTiles; ++tt) {
-        const uint32_t first[2] = {x[tt].x, x[tt].y}, second[2] = {x[tt].z, x[tt].w};
-        mma_m16n8k16<T>(acc[tt], high[0], first);
-        mma_m16n8k16<T>(acc[tt], high[1], second);
-        mma_m16n8k16<T>(acc[tt], low[0], first);
-        mma_m16n8k16<T>(acc[tt], low[1], second);
+    // While one step is multiplied the next is on its way, if it has few enough registers.
+    constexpr bool kAhead = kTokenTiles <= 2;
+    DownStep<T, kTokenTiles> even, odd;
+    int64_t i = warp * 32 + t * 8;
+    if constexpr (kAhead) even.load(p, m, first_token, first_rank, i);
+    for (; i - t * 8 < p.c; i += (kAhead ? 2 : 1) * kWide) {
+      if constexpr (kAhead) {
+        odd.load(p, m, first_token, first_rank, i + kWide);
+        even.multiply(acc, p, first_token, seed, i);
+        even.load(p, m, first_token, first_rank, i + 2 * kWide);
+        odd.multiply(acc, p, first_token, seed, i + kWide);
+      } else {
+        even.load(p, m, first_token, first_rank, i);
+        even.multiply(acc, p, first_token, seed, i);
       }
     }
 #pragma unroll
