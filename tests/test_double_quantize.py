@@ -108,6 +108,19 @@ def test_sum_is_taken_in_order(backend: str, device: torch.device) -> None:
     check(absmax, device)
 
 
+def test_sums_that_just_round(backend: str, device: torch.device) -> None:
+    """Sums whose exactness hangs on one small scale: added in order, each loses another bit."""
+    for exponent in (-26, -29, -30, -31, -40, -149):
+        absmax = torch.rand(5 * 256) + 0.5
+        absmax[torch.randint(0, absmax.numel(), (40,))] = 3 * 2.0**exponent
+        check(absmax, device)
+        check(absmax.bfloat16().float(), device)
+    for value in (math.nan, math.inf):
+        absmax[700] = value
+        got = [t.cpu() for t in op("double_quantize")(absmax.to(device))]
+        assert got[2].isnan() if math.isnan(value) else got[2] == math.inf
+
+
 def test_strided(backend: str, device: torch.device) -> None:
     absmax = torch.rand(600)
     got = op("double_quantize")(absmax.to(device)[::2])

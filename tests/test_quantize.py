@@ -224,6 +224,20 @@ def test_strided(
 
 @all_formats
 @all_dtypes
+@pytest.mark.parametrize("block_size", [32, 64, 128, 256])
+def test_whole_tile(
+    block_size: int, fmt: formats.Format, dtype: torch.dtype, backend: str, device: torch.device
+) -> None:
+    """More than the 8192 elements that a CTA of the CUDA kernel takes, and a NaN in one block."""
+    x = torch.randn(8192 + 300) * torch.randn(8192 + 300).exp2()
+    check(x.to(dtype), block_size, fmt, device)
+    x[5000] = math.nan
+    absmax = op("quantize")(x.to(device, dtype), block_size, fmt.id)[1].cpu()
+    assert absmax.isnan().nonzero().tolist() == [[5000 // block_size]]
+
+
+@all_formats
+@all_dtypes
 def test_large(fmt: formats.Format, dtype: torch.dtype, backend: str, device: torch.device) -> None:
     skip_if_emulated(backend, device)
     check(torch.randn(1023, 1537, dtype=dtype) * 0.02, 64, fmt, device)

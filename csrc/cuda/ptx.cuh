@@ -15,6 +15,7 @@
 #endif
 
 #include <cstdint>
+#include <type_traits>
 
 #if !defined(NF4_EMULATE) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #define NF4_BEFORE_SM80 1
@@ -59,6 +60,24 @@ __device__ __forceinline__ uint32_t warp_max(uint32_t value) {
   return value;
 #else
   return __reduce_max_sync(0xffffffffu, value);
+#endif
+}
+
+// max.NaN.xorsign.abs: of each half of two the larger magnitude, or a NaN. Its sign means nothing.
+template <typename T>
+__device__ __forceinline__ uint32_t larger_magnitudes(uint32_t a, uint32_t b) {
+#if !defined(NF4_EMULATE) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 860
+  uint32_t out;
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("max.NaN.xorsign.abs.f16x2 %0, %1, %2;\n" : "=r"(out) : "r"(a), "r"(b));
+  } else {
+    asm("max.NaN.xorsign.abs.bf16x2 %0, %1, %2;\n" : "=r"(out) : "r"(a), "r"(b));
+  }
+  return out;
+#else
+  a &= 0x7fff7fffu, b &= 0x7fff7fffu;
+  const uint32_t low_a = a & 0xffffu, low_b = b & 0xffffu;
+  return ((a > b ? a : b) & 0xffff0000u) | (low_a > low_b ? low_a : low_b);
 #endif
 }
 
