@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -44,22 +45,26 @@ def quantize(
     ops = getattr(torch.ops, backends.namespace())
     weight = weight.detach()
     packed, absmax = ops.quantize(weight, block_size, FORMATS[format].id)
-    check_finite("nf4.quantize", weight, absmax)
     nested_absmax = offset = None
     if double_quant:
         absmax, nested_absmax, offset = ops.double_quantize(absmax)
+    check_finite("nf4.quantize", weight, absmax if offset is None else offset)
     return QuantizedTensor(
         packed, absmax, nested_absmax, offset, weight.shape, weight.dtype, block_size, format
     )
 
 
-def check_finite(what: str, weight: Tensor, absmax: Tensor) -> None:
+def check_finite(what: str, weight: Tensor, scales: Tensor) -> None:
     """Raise ValueError, naming the position, if ``weight`` holds a NaN or an infinity.
 
-    Reads only the scales, which are NaN or infinite for such a block (``nf4.formats``); the weight
-    is searched just to report the place.
+    Reads only ``scales``, the absmax or the offset: a block's absmax is NaN or infinite if an
+    element is (``nf4.formats``), and so is the offset, their mean, which no finite absmax makes
+    so. The weight is searched just to report the place.
     """
-    if weight.is_meta or bool(torch.isfinite(absmax).all()):
+    if weight.is_meta or scales.numel() == 0:
+        return
+    largest = scales if scales.dim() == 0 else scales.amax()  # NaN if one is
+    if math.isfinite(largest.item()):
         return
     finite = torch.isfinite(weight)
     index = (~finite).nonzero()[0].tolist()
