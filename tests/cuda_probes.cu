@@ -51,6 +51,12 @@ __global__ void and_or_kernel(const uint32_t* in, uint32_t* out) {
   out[threadIdx.x] = and_or(own[0], own[1], own[2]);
 }
 
+template <typename T>
+__global__ void larger_magnitudes_kernel(const uint32_t* in, uint32_t* out) {
+  const uint32_t* own = in + 2 * threadIdx.x;
+  out[threadIdx.x] = larger_magnitudes<T>(own[0], own[1]) & 0x7fff7fffu;
+}
+
 // Two warps hand each other a number, phase after phase: out[phase][warp] is the other's.
 __global__ void mbarrier_kernel(const int* in, int* out, int phases) {
 #if defined(NF4_HOPPER_CODE)
@@ -225,6 +231,11 @@ int probe_cp_async(const void* in, void* out) {
 int probe_and_or(const void* in, void* out) {
   return launch(and_or_kernel, dim3(1), dim3(32), 0, nullptr, static_cast<const uint32_t*>(in),
                 static_cast<uint32_t*>(out));
+}
+int probe_larger_magnitudes(const void* in, void* out, int is_bf16) {
+  return launch(
+      is_bf16 ? larger_magnitudes_kernel<__nv_bfloat16> : larger_magnitudes_kernel<__half>, dim3(1),
+      dim3(32), 0, nullptr, static_cast<const uint32_t*>(in), static_cast<uint32_t*>(out));
 }
 int probe_mbarrier(const void* in, void* out, int phases) {
   return launch(mbarrier_kernel, dim3(1), dim3(64), 32, nullptr, static_cast<const int*>(in),

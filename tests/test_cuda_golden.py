@@ -148,6 +148,18 @@ def test_and_or(probes: Probes) -> None:
     assert torch.equal(out.cpu(), data[:, 0] & data[:, 1] | data[:, 2])
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "fp16"])
+def test_larger_magnitudes(probes: Probes, dtype: torch.dtype) -> None:
+    data = torch.randint(-(2**15), 2**15, (32, 2, 2), dtype=torch.int16)  # lane, operand, half
+    data[:4] = torch.tensor([0, -1, 1, -(2**15)])[:, None, None] + torch.tensor([[0, 1], [1, 0]])
+    out = torch.empty(32, 2, dtype=torch.int16, device=probes.device)
+
+    probes.call("larger_magnitudes", data.to(probes.device), out, int(dtype is BF16))
+
+    values = data.view(dtype).float().abs()
+    assert torch.equal(out.cpu().view(dtype).float().nan_to_num(-1), values.amax(1).nan_to_num(-1))
+
+
 def test_mbarrier(hopper: Probes) -> None:
     data = torch.randint(-(2**31), 2**31, (7, 2), dtype=torch.int32)
     out = torch.empty_like(data, device=hopper.device)
