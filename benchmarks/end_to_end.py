@@ -190,7 +190,7 @@ def _measure(make: Maker, config: dict[str, Any], device: torch.device, tiny: bo
     _free(device)
     model.gradient_checkpointing_disable()
     for batch in (1, 8):
-        seconds = _median_seconds(_decode(model, batch, new_tokens, device), device, 1)
+        seconds = _median_seconds(_decode(model, batch, new_tokens, device), device, rounds)
         row[f"decode_batch{batch}_tokens_per_second"] = batch * new_tokens / seconds
     row["decode_peak_gib"] = _gib(device, peak=True)
     return row

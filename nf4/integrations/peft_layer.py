@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
@@ -36,6 +36,16 @@ class MergeSettings:
     into: str = "16bit"
     base: Any = None
     dtype: torch.dtype | None = None
+
+
+class _Fused(NamedTuple):
+    """The arguments of one fused call."""
+
+    base: NF4Linear
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+    dropout_p: float
 
 
 class LoraNF4(PeftLinear):
@@ -86,52 +96,59 @@ class LoraNF4(PeftLinear):
 
     # forward
 
-    def _adapter(self) -> str | None:
-        """The one active adapter of this layer; None for none or several."""
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        return names[0] if len(names) == 1 else None
-
     def unfused_reason(self) -> str | None:
         """Why a forward now does not take the fused path; None when it does."""
+        found = self._fused()
+        return found if isinstance(found, str) else None
+
+    def _fused(self) -> _Fused | str:
+        """What one fused call takes, or why there is none. Asked in every forward, so everything
+        is looked up once, and past nn.Module's slow attributes."""
         if self.disable_adapters:
             return "adapters are disabled"
         if self.merged:
             return "merged"
-        name = self._adapter()
-        if name is None:
+        modules: dict[str, Any] = self._modules
+        downs, ups = modules["lora_A"]._modules, modules["lora_B"]._modules
+        names = [name for name in self.active_adapters if name in downs]
+        if len(names) != 1:
             return "not exactly one active adapter"
+        name = names[0]
         if name in self.lora_variant:
             return type(self.lora_variant[name]).__name__
         if self.lora_bias.get(name, False):
             return "lora_bias"
-        if not (_is_plain(self.lora_A[name]) and _is_plain(self.lora_B[name])):
+        down, up = downs[name], ups[name]
+        if not (_is_plain(down) and _is_plain(up)):
             return "lora_A or lora_B is wrapped or hooked"
-        if not isinstance(self.base_layer, NF4Linear) or _has_hooks(self.base_layer):
+        base = modules["base_layer"]
+        if not isinstance(base, NF4Linear) or _has_hooks(base):
             return "the base layer is wrapped or hooked"
-        if type(self.lora_dropout[name]) not in (nn.Dropout, nn.Identity):
+        dropout = modules["lora_dropout"]._modules[name]
+        if type(dropout) not in (nn.Dropout, nn.Identity):
             return "a dropout that is not nn.Dropout"
-        lora_a, lora_b = self._pair(name)
-        if lora_a.dtype is not lora_b.dtype:
+        a, b = down.weight, up.weight
+        if a.dtype is not b.dtype:
             return "lora_A and lora_B differ in dtype"
-        return None
+        p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+        return _Fused(base, a, b, self.scaling[name], p)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or any(value is not None for value in kwargs.values()) or self.unfused_reason():
+        if args or any(value is not None for value in kwargs.values()):
             return super().forward(x, *args, **kwargs)
-        name, base = self._adapter(), self._quantized
-        assert name is not None  # unfused_reason() has looked
-        lora_a, lora_b = self._pair(name)
-        dropout = self.lora_dropout[name]
+        fused = self._fused()
+        if isinstance(fused, str):
+            return super().forward(x)
+        base = fused.base
         compute_dtype = base.compute_dtype or x.dtype
         y = functional.linear_lora(
             x if x.dtype is compute_dtype else x.to(compute_dtype),
             base.q,
-            lora_a,
-            lora_b,
-            self.scaling[name],
+            fused.lora_a,
+            fused.lora_b,
+            fused.scaling,
             base.bias,
-            dropout.p if isinstance(dropout, nn.Dropout) else 0.0,
-            training=dropout.training,
+            fused.dropout_p,
         )
         return y if x.dtype is compute_dtype else y.to(x.dtype)
 
