@@ -130,8 +130,9 @@ __device__ __forceinline__ void down_task(const Down& p, int64_t m, int64_t firs
   const int64_t seed = p.dropout.seed != nullptr ? *p.dropout.seed : 0;
   if (warp < kDownWarps) {
     float acc[kTokenTiles][4] = {};
-    // While one step is multiplied the next is on its way, if it has few enough registers.
-    constexpr bool kAhead = kTokenTiles <= 2;
+    // While one step is multiplied the next is on its way. The other numbers of tokens are those of
+    // linear_tile.cuh, which has no registers left for it.
+    constexpr bool kAhead = kTokenTiles == 2;
     DownStep<T, kTokenTiles> even, odd;
     int64_t i = warp * 32 + t * 8;
     if constexpr (kAhead) even.load(p, m, first_token, first_rank, i);
