@@ -51,6 +51,13 @@ __global__ void and_or_kernel(const uint32_t* in, uint32_t* out) {
   out[threadIdx.x] = and_or(own[0], own[1], own[2]);
 }
 
+// out[i] = [square root of in[i][0], in[i][1] / in[i][0]].
+__global__ void moderate_kernel(const float* in, float* out) {
+  const int i = 2 * (blockIdx.x * 32 + threadIdx.x);
+  out[i] = sqrt_moderate(in[i]);
+  out[i + 1] = divide_moderate(in[i + 1], in[i]);
+}
+
 template <typename T>
 __global__ void larger_magnitudes_kernel(const uint32_t* in, uint32_t* out) {
   const uint32_t* own = in + 2 * threadIdx.x;
@@ -231,6 +238,10 @@ int probe_cp_async(const void* in, void* out) {
 int probe_and_or(const void* in, void* out) {
   return launch(and_or_kernel, dim3(1), dim3(32), 0, nullptr, static_cast<const uint32_t*>(in),
                 static_cast<uint32_t*>(out));
+}
+int probe_moderate(const void* in, void* out, int blocks) {
+  return launch(moderate_kernel, dim3(blocks), dim3(32), 0, nullptr, static_cast<const float*>(in),
+                static_cast<float*>(out));
 }
 int probe_larger_magnitudes(const void* in, void* out, int is_bf16) {
   return launch(

@@ -148,6 +148,21 @@ def test_and_or(probes: Probes) -> None:
     assert torch.equal(out.cpu(), data[:, 0] & data[:, 1] | data[:, 2])
 
 
+def test_moderate_square_roots_and_quotients_are_rounded_as_ieee_wants(probes: Probes) -> None:
+    blocks = 4096 if probes.device == "cuda" else 4
+    data = torch.empty(32 * blocks, 2).uniform_(1, 2) * 2.0 ** torch.randint(
+        -60, 60, (32 * blocks, 2)
+    )
+    data[:64] = 2.0 ** torch.randint(-60, 60, (64, 2))
+    out = torch.empty_like(data, device=probes.device)
+
+    probes.call("moderate", data.to(probes.device), out, blocks)
+
+    exact = data.double()  # wide enough that rounding twice changes nothing
+    wanted = torch.stack([exact[:, 0].sqrt(), exact[:, 1] / exact[:, 0]], 1).float()
+    assert torch.equal(out.cpu(), wanted)
+
+
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "fp16"])
 def test_larger_magnitudes(probes: Probes, dtype: torch.dtype) -> None:
     data = torch.randint(-(2**15), 2**15, (32, 2, 2), dtype=torch.int16)  # lane, operand, half

@@ -39,6 +39,14 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = threadIdx.x; i < words; i += kThreads) table[i] = rows.words[i];
 }
 
+// Between these magnitudes a square root, the sum it enters, and m over that are far from where
+// results or remainders of the short sequences in ptx.cuh would underflow. Those saved 3 % of a
+// step of 100 M float32 parameters (514 to 499 us, H200).
+constexpr uint32_t kLeastM = (127u - 60) << 23, kLargestM = (127u + 60) << 23;
+constexpr uint32_t kLeastV = (127u - 80) << 23, kLargestV = (127u + 80) << 23;
+
+__device__ __forceinline__ uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
+
 __device__ __forceinline__ void decode(uint32_t word, const float* values, float scale, float* v) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) v[i] = values[word >> (8 * i) & 255] * scale;
@@ -113,14 +121,19 @@ __device__ __forceinline__ void step_block(const Row& row, int64_t block, const 
     }
   }
 
-  uint32_t bits_m = 0, bits_v = 0;
+  uint32_t bits_m = 0, bits_v = 0, least_m = ~0u, least_v = ~0u;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     m[i] = h.beta1 * m[i] + h.gain1 * g[i];
     v[i] = h.beta2 * v[i] + h.gain2 * g[i] * g[i];
     bits_m = larger(bits_m, magnitude(m[i]));
     bits_v = larger(bits_v, magnitude(v[i]));
+    least_m = smaller(least_m, magnitude(m[i]));
+    least_v = smaller(least_v, magnitude(v[i]));
   }
+  const bool moderate = least_m >= kLeastM && bits_m <= kLargestM && least_v >= kLeastV &&
+                        bits_v <= kLargestV && h.inverse_c2 >= 0x1p-20f &&
+                        h.inverse_c2 <= 0x1p20f && h.eps >= 0.0f && h.eps <= 0x1p20f;
   bits_m = warp_max(bits_m);
   bits_v = warp_max(bits_v);
   if (larger(bits_m, bits_v) >= 0x7f800000u) {
@@ -128,10 +141,18 @@ __device__ __forceinline__ void step_block(const Row& row, int64_t block, const 
     return;
   }
 
+  if (moderate) {
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const float ratio = m[i] / (sqrtf(v[i]) * h.inverse_c2 + h.eps);
-    p[i] = p[i] * h.decay - h.step_size * ratio;
+    for (int i = 0; i < kPerLane; ++i) {
+      const float ratio = divide_moderate(m[i], sqrt_moderate(v[i]) * h.inverse_c2 + h.eps);
+      p[i] = p[i] * h.decay - h.step_size * ratio;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const float ratio = m[i] / (sqrtf(v[i]) * h.inverse_c2 + h.eps);
+      p[i] = p[i] * h.decay - h.step_size * ratio;
+    }
   }
   if (seed != nullptr && t.param_dtype != NF4_FLOAT32) {
 #pragma unroll
@@ -195,8 +216,9 @@ __device__ __forceinline__ void step_block(const Row& row, int64_t block, const 
   }
 }
 
-// Every thread block takes an equal share of the blocks of all parameters, in order, so that it
-// looks for its parameter once and fills its tables once.
+// Warps take the blocks of all parameters in turn, so that what the GPU works on at a time lies
+// together: with a share of its own for each thread block, 100 M float32 parameters took 6 % longer
+// (545 against 514 us, H200).
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     adamw_kernel(const Row* __restrict__ rows, int count, int blocks,
                  const float* __restrict__ hyper, const int64_t* __restrict__ seed,
@@ -205,16 +227,23 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 #if !defined(NF4_PLANT_MISSING_BARRIER)
   __syncthreads();
 #endif
-  const auto share = [&](int64_t i) { return static_cast<int>(i * blocks / gridDim.x); };
-  const int begin = share(blockIdx.x) + threadIdx.x / 32, end = share(blockIdx.x + 1);
+  const int begin = blockIdx.x * kWarps + threadIdx.x / 32;
+  const int stride = gridDim.x * kWarps;
   // The last parameter that begins at or before `begin` does.
   int low = 0, high = count;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
     (rows[middle].first_block <= begin ? low : high) = middle;
   }
-  for (int b = begin; b < end; b += kWarps) {
-    while (low + 1 < count && rows[low + 1].first_block <= b) ++low;
+  for (int b = begin; b < blocks; b += stride) {
+    // A lane looks at each of the next 32 parameters.
+    uint32_t begun;
+    do {
+      const int next = low + 1 + threadIdx.x % 32;
+      const bool has_begun = next < count && rows[next].first_block <= b;
+      begun = warp_max(has_begun ? threadIdx.x % 32 + 1 : 0);
+      low += static_cast<int>(begun);
+    } while (begun == 32);
     step_block(rows[low], b - rows[low].first_block, seed, skipped, tables);
   }
 }

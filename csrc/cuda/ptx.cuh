@@ -41,6 +41,32 @@ __device__ __forceinline__ uint32_t and_or(uint32_t value, uint32_t mask, uint32
 #endif
 }
 
+// The square root and the quotient, rounded as IEEE wants, by the sequences that nvcc uses for
+// operands of moderate size, without its branch to one for all others: several can then be under
+// way at once.
+__device__ __forceinline__ float sqrt_moderate(float x) {
+#if defined(NF4_EMULATE)
+  return sqrtf(x);
+#else
+  float inverse;
+  asm("rsqrt.approx.ftz.f32 %0, %1;\n" : "=f"(inverse) : "f"(x));
+  const float root = x * inverse;
+  return fmaf(fmaf(-root, root, x), 0.5f * inverse, root);
+#endif
+}
+__device__ __forceinline__ float divide_moderate(float a, float b) {
+#if defined(NF4_EMULATE)
+  return a / b;
+#else
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(inverse) : "f"(b));
+  inverse = fmaf(inverse, fmaf(-b, inverse, 1.0f), inverse);
+  float quotient = a * inverse;
+  quotient = fmaf(inverse, fmaf(-b, quotient, a), quotient);
+  return fmaf(inverse, fmaf(-b, quotient, a), quotient);
+#endif
+}
+
 // Tells the compiler that a pointer read from memory is a global one: ld.global instead of ld.
 template <typename T>
 __device__ __forceinline__ T* in_global(T* pointer) {
