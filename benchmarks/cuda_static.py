@@ -85,12 +85,12 @@ def _group(tokens: int, shape: str, elements: int, limit: float | None = None) -
 TARGETS = (
     Target(
         "dequantize nf4 64 nested bf16", "dequantize",
-        r"dequantize_kernel<__nv_bfloat16, true>", "decode path", 1024, 6.5,
+        r"dequantize_kernel<__nv_bfloat16, true>", "decode path", 512, 8.5,
         bytes=2 + NF4_BYTES,
     ),
     Target(
         "dequantize nf4 64 bf16", "dequantize",
-        r"dequantize_kernel<__nv_bfloat16, false>", "decode path", 1024, 6.5,
+        r"dequantize_kernel<__nv_bfloat16, false>", "decode path", 512, 8.5,
         bytes=2.5625,
     ),
     Target(
@@ -207,7 +207,7 @@ def counted(body: list[tuple[int, str]], target: Target) -> list[str]:
     if target.marker == "path":
         return hot_path(body)
     if target.marker == "decode path":
-        return hot_path(body, load=r"LDG\.E(\.CONSTANT)?$", store=r"STG\.E\.128$")
+        return hot_path(body, load=r"LDG\.E(\.CONSTANT)?$", store=r"STG\.E\.EF\.128$")
     if target.marker == "pass":
         return hot_path(body, outer_loop(body))
     return main_loop(body, target.marker) if target.marker else [text for _, text in body]

@@ -133,7 +133,7 @@ def test_block_sizes(
 def test_whole_tile(
     block_size: int, nested: bool, dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
-    """More than the 8192 elements that a CTA of the CUDA kernel takes."""
+    """More than the elements that a CTA of the CUDA kernel takes."""
     for fmt in (formats.NF4, formats.FP4):
         parts = random_parts(8192 + 300, block_size, fmt, nested)
         check(parts, (8192 + 300,), block_size, fmt, dtype, device)

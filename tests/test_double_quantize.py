@@ -108,6 +108,18 @@ def test_sum_is_taken_in_order(backend: str, device: torch.device) -> None:
     check(absmax, device)
 
 
+@pytest.mark.parametrize("stride", [1, 256], ids=["within a chunk", "across chunks"])
+def test_what_is_added_in_order_and_lost(stride: int, backend: str, device: torch.device) -> None:
+    """1 + 2^-24 lies midway between two float32. Each later scale alone is too small to be seen
+    beside it; added up first, they would lift the mean over the middle."""
+    absmax = torch.zeros(64 * 256)
+    absmax[: 256 if stride == 1 else None : stride] = 2.0**-54
+    absmax[0], absmax[1] = 1, 2.0**-24
+    assert reference.double_quantize(absmax)[2] * absmax.numel() == 1
+    assert np.float32(math.fsum(absmax.tolist())) > 1
+    check(absmax, device)
+
+
 def test_sums_that_just_round(backend: str, device: torch.device) -> None:
     """Sums whose exactness hangs on one small scale: added in order, each loses another bit."""
     for exponent in (-26, -29, -30, -31, -40, -149):

@@ -1,5 +1,6 @@
 // Dequantization in one launch, nested scales included: float32 code * scale, rounded once.
 #include <algorithm>
+#include <type_traits>
 
 #include "formats.cuh"
 #include "launch.cuh"
@@ -10,29 +11,31 @@ namespace nf4::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kThreads8 = 512;   // of the 8-bit formats' kernel
-constexpr int kBlocksPerSm = 4;  // of the same
-constexpr int kGroups = 4;       // groups of 8 elements that a thread has in flight
-constexpr int kWarpTile = 32 * 8 * kGroups;
+// Elements of a warp. 38.6 us for 14336 x 4096 bf16 on an H200; 39.1 with 1024, 40.7 with 2048.
+constexpr int kWarpTile = 512;
+constexpr int kThreads8 = 512;  // of the 8-bit formats' kernel
 
 // A block's warps take one tile each. Lane l holds code l % 16 and, of the tile's blocks (at most
-// 32), the scale of block l: shuffles look both up. That costs the shared-memory pipe no more than
+// 16), the scale of block l: shuffles look both up. That costs the shared-memory pipe no more than
 // a table of byte values in as many copies as there are banks, which every block would have to fill
 // first, and leaves room for as many warps as the registers do.
 template <typename T, bool kNested>
 __global__ void __launch_bounds__(kThreads)
     dequantize_kernel(const uint8_t* __restrict__ packed, Scales scales, T* __restrict__ out,
                       int64_t numel, int log2_block, int format, bool aligned) {
+  constexpr int kPerLane = 16 / sizeof(T);  // neighbours, which one access of 16 bytes stores
+  constexpr int kGroups = kWarpTile / (32 * kPerLane);
+  using Word = std::conditional_t<kPerLane == 8, uint32_t, uint16_t>;
   const int lane = threadIdx.x % 32;
   const int64_t tile =
       (static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32) * kWarpTile;
-  const int64_t first = tile + lane * 8;
   // Asked of the whole block: the compiler then knows that warps shuffle undivided.
   if (aligned && (blockIdx.x + int64_t{1}) * (kThreads / 32) * kWarpTile <= numel) {
-    uint32_t words[kGroups];
+    const int64_t first = tile + lane * kPerLane;
+    Word words[kGroups];
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
-      words[i] = reinterpret_cast<const uint32_t*>(packed + first / 2)[i * 32];
+      words[i] = reinterpret_cast<const Word*>(packed + first / 2)[i * 32];
     }
     const float code = kLaneCodes4[format][lane % 16];
     // Lanes past the tile's last block read that one again.
@@ -41,23 +44,23 @@ __global__ void __launch_bounds__(kThreads)
     const float own_scale = kNested ? scales.nested(block) : scales.plain(block);
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
-      const float scale = __shfl_sync(0xffffffffu, own_scale, (lane * 8 + i * 256) >> log2_block);
-      float v[8];
+      const float scale =
+          __shfl_sync(0xffffffffu, own_scale, (lane + i * 32) * kPerLane >> log2_block);
+      float v[kPerLane];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
+      for (int j = 0; j < kPerLane; ++j) {
         // The second half of byte j / 2 lies in its low bits. Lanes 16 to 31 hold the codes again,
         // so the bit above a code may be anything.
-        const uint32_t index = words[i] >> (j / 2 * 8 + (j % 2 == 0 ? 4 : 0));
+        const uint32_t index = static_cast<uint32_t>(words[i]) >> (j / 2 * 8 + (j % 2 == 0) * 4);
         v[j] = __shfl_sync(0xffffffffu, code, index) * scale;
       }
-      store8(out + first + i * 256, v);
+      stream16(out + first + i * 32 * kPerLane, v);
     }
     return;
   }
-  for (int i = 0; i < kGroups * 8; ++i) {
-    const int64_t index = tile + i * 32 + lane;
-    if (index < numel) {
-      out[index] = from_float<T>(decode_element(packed, scales, index, log2_block, format));
+  for (int i = lane; i < kWarpTile; i += 32) {
+    if (tile + i < numel) {
+      out[tile + i] = from_float<T>(decode_element(packed, scales, tile + i, log2_block, format));
     }
   }
 }
@@ -103,7 +106,8 @@ int dequantize(const nf4_weight& w, int64_t numel, T* out, cudaStream_t stream) 
                   scales_of(w), out, numel, log2_block, w.format, aligned);
   };
   if (!is_4bit(w.format)) {
-    const int64_t full = static_cast<int64_t>(device().multiprocessors) * kBlocksPerSm;
+    // 49.5 us for 14336 x 4096 bf16 on an H200, 56.3 with two; of float32 117 us, 81.8 with two.
+    const int64_t full = static_cast<int64_t>(device().multiprocessors) * (sizeof(T) == 4 ? 2 : 4);
     const int64_t needed = (numel + kThreads8 * 8 - 1) / (kThreads8 * 8);
     return run(dequantize8_kernel<T>, std::min(full, needed), kThreads8, 256 * sizeof(float));
   }

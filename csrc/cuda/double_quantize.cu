@@ -9,7 +9,7 @@
 namespace nf4::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 512;  // 11.8 us for 917504 scales, 12.7 with 256 (H200)
 constexpr int kWarps = kThreads / 32;
 constexpr int kPerLane = 8;
 // What a warp takes: a chunk of the sum, then a nested block.

@@ -88,6 +88,18 @@ __device__ __forceinline__ void store8(T* p, const float (&v)[8]) {
   }
 }
 
+// 16 bytes of elements, which this kernel does not read again.
+template <typename T, int kCount>
+__device__ __forceinline__ void stream16(T* p, const float (&v)[kCount]) {
+  static_assert(kCount * sizeof(T) == 16);
+  if constexpr (sizeof(T) == 4) {
+    __stcs(reinterpret_cast<float4*>(p), make_float4(v[0], v[1], v[2], v[3]));
+  } else {
+    __stcs(reinterpret_cast<uint4*>(p), make_uint4(pack2<T>(v[0], v[1]), pack2<T>(v[2], v[3]),
+                                                   pack2<T>(v[4], v[5]), pack2<T>(v[6], v[7])));
+  }
+}
+
 inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // Calls `body(T())` for the element type that `dtype` names.

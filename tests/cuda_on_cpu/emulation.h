@@ -146,6 +146,10 @@ T shuffle_value(T value, int lane_mask, bool from_lane, const char* file, int li
 #define __shfl_sync(mask, value, lane) \
   ::nf4::emulation::shuffle_value(value, lane, true, __FILE__, __LINE__)
 
+template <typename T>
+inline void __stcs(T* p, T v) {
+  *p = v;
+}
 inline uint32_t __float_as_uint(float v) {
   uint32_t u;
   std::memcpy(&u, &v, 4);
