@@ -113,11 +113,54 @@ def launch(
     if _recorded is not None:
         _recorded[1].append(Launch(kernel, grid, args, num_warps, num_stages, exact))
         return
-    guard: contextlib.AbstractContextManager = contextlib.nullcontext()
-    if device.type == "cuda":
-        guard = torch.cuda.device(device)
-    with guard:
-        kernel[grid](**args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=not exact)
+    if device.type != "cuda":
+        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": not exact}
+        kernel[grid](**args, **options)
+        return
+    with torch.cuda.device(device):
+        launch_compiled(kernel, grid, args, device, num_warps, num_stages, exact)
+
+
+# By everything that Triton specializes a kernel on.
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def launch_compiled(
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: dict[str, Any],
+    device: torch.device,
+    num_warps: int,
+    num_stages: int,
+    exact: bool,
+) -> None:
+    """Launch what Triton compiled before without asking it again, which takes most of a launch's
+    time on the host. A key may be finer than Triton's own, never coarser.
+    """
+    key: list[Any] = [id(kernel), device, num_warps, num_stages, exact]
+    values: list[Any] = []
+    for param in kernel.params:
+        value = args[param.name]
+        if isinstance(value, Tensor):
+            value_key: Any = value.dtype
+            value = value.data_ptr()
+            key.append(value % 16 == 0)
+        elif param.is_constexpr or value is None:
+            value_key = value
+        elif isinstance(value, int):
+            key.append(-1 if value == 1 else value % 16 == 0)
+            value_key = value.bit_length() // 32
+        else:
+            value_key = None
+        key.append(value_key)
+        values.append(value)
+    found = tuple(key)
+    compiled = _compiled.get(found)
+    if compiled is None:
+        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": not exact}
+        _compiled[found] = kernel[grid](**args, **options)
+    else:
+        compiled[(*grid, 1, 1)[:3]](*values)
 
 
 @lru_cache
