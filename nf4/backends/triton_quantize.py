@@ -83,7 +83,7 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             "CHUNKS": config.chunks,
         },
         device,
-        num_warps=1,
+        num_warps=config.num_warps,
         exact=True,
     )
     launch(
@@ -99,7 +99,7 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             "n": n,
             "chunks": chunks,
             "BLOCKS": config.blocks,
-            "UNROLL": config.unroll,
+            "SUMS": config.sums,
         },
         device,
         num_warps=config.num_warps,

@@ -47,9 +47,9 @@ class ElementwiseConfig:
 
 @dataclass(frozen=True)
 class DoubleQuantizeConfig:
-    chunks: int  # chunks of 256 sums that a program of the first kernel adds, one a thread
+    chunks: int  # chunks of 256 scales that a program of the first kernel adds
     blocks: int  # blocks of 256 that a program of the second kernel encodes
-    unroll: int  # loads in flight while the chunk sums are added in order
+    sums: int  # chunk sums that are added at a time
     num_warps: int
 
 
@@ -69,8 +69,8 @@ def dequantize() -> ElementwiseConfig:
 
 
 def double_quantize() -> DoubleQuantizeConfig:
-    """One warp a program spreads the serial sums over as many SMs as there are."""
-    return DoubleQuantizeConfig(chunks=32, blocks=4, unroll=32, num_warps=4)
+    """A warp a chunk, and a warp a block."""
+    return DoubleQuantizeConfig(chunks=4, blocks=4, sums=1024, num_warps=4)
 
 
 def _ceil_pow2(x: int) -> int:
