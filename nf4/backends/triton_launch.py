@@ -250,8 +250,17 @@ def decoder(format: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 @lru_cache
+def dot_decoder(format: int) -> dict[str, Any]:
+    """The constexprs of ``kernels/linear_row``: PTX on a GPU, else the plain form."""
+    if interpreted():
+        return {"CODES": codes(format), "ASM": None, "CONSTRAINTS": None}
+    asm, constraints = import_module("nf4.kernels._codes").dot_asm()
+    return {"CODES": None, "ASM": asm, "CONSTRAINTS": constraints}
+
+
+@lru_cache
 def value_table(format: int, device: torch.device) -> Tensor:
-    """float32 [256]: the values of an 8-bit format on ``device``."""
+    """float32: the values of a format on ``device``, 256 of an 8-bit one and 16 of a 4-bit one."""
     return torch.from_numpy(formats.BY_ID[format].values.copy()).to(device)
 
 

@@ -46,6 +46,15 @@ class ElementwiseConfig:
 
 
 @dataclass(frozen=True)
+class RowConfig:
+    """Tiles of the kernel for a single row of x."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class DoubleQuantizeConfig:
     chunks: int  # chunks of 256 scales that a program of the first kernel adds
     blocks: int  # blocks of 256 that a program of the second kernel encodes
@@ -171,6 +180,16 @@ def linear(shape: Shape, target: Target) -> MatmulConfig | None:
     # 5.9 for 6.4 instructions a weight on sm_90 with 64 tokens (static counts).
     permute = target.capability == 90 and tensor_cores(shape.itemsize, target)
     return MatmulConfig(block_m, block_n, block_k, warps, stages, split, permute)
+
+
+def linear_row(shape: Shape) -> RowConfig | None:
+    """How to multiply packed weights with a single row, or None: as ``linear`` says.
+
+    Each thread multiplies 256 weights a step with 32 values of x, eight rows of 16 bytes.
+    """
+    if shape.m != 1 or not shape.aligned or shape.itemsize != 2:
+        return None
+    return RowConfig(block_n=8, block_k=1024, num_warps=1)
 
 
 def twice(config: MatmulConfig, itemsize: int, target: Target) -> bool:
