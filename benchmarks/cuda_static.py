@@ -77,6 +77,11 @@ def _hopper(tokens: int, tile: str, weights: str, elements: int) -> Target:
     return Target(name, "hopper_tile", kernel, "HGMMA", elements, tokens / 16, ("90a",))
 
 
+def _few(tokens: int, shape: str, elements: int, limit: float | None = None) -> Target:
+    kernel = rf"linear_few_kernel<__nv_bfloat16, .*Shape<{shape}, false>"
+    return Target(f"linear, {tokens} tokens", "linear_few", kernel, "HMMA", elements, limit)
+
+
 def _group(tokens: int, shape: str, elements: int, limit: float | None = None) -> Target:
     kernel = rf"linear_group_kernel<__nv_bfloat16, .*Shape<{shape}>"
     return Target(f"linear group, {tokens} tokens", "linear_group", kernel, "HMMA", elements, limit)
@@ -98,8 +103,8 @@ TARGETS = (
         r"quantize_kernel<__nv_bfloat16, 0, 8>", "path", 1024, 13.0, bytes=2.5625,
     ),
     # Weights that a warp decodes in one step, of 256 or 64 elements of K.
-    _forward(8, "8, 1, 1, 1, 4, 3, 2, false", 16 * 256, 4.0),
-    _forward(16, "8, 1, 1, 2, 4, 2, 2, false", 16 * 256),
+    _few(8, "1, 1, 15, 3", 16 * 512, 4.0),  # a run of two units
+    _few(16, "2, 2, 11, 2", 32 * 256),
     _forward(32, "8, 1, 1, 4, 4, 2, 1, false", 16 * 256),
     _forward(64, "4, 2, 2, 4, 1, 4, 1, false", 32 * 64),
     _forward(128, "4, 2, 2, 8, 1, 3, 1, true", 32 * 64),
@@ -109,7 +114,6 @@ TARGETS = (
     _hopper(256, "2, false, 5, false", "nf4", 16 * 128),
     _hopper(128, "1, true, 6, false", "16-bit", 16 * 64),
     _hopper(256, "2, true, 4, false", "16-bit", 16 * 64),
-    _group(8, "8, 1, 1, 1, 4, 3, 2, false", 16 * 256, 4.0),
     _group(64, "4, 2, 2, 4, 1, 4, 1, false", 32 * 64),
     Target(
         "linear_backward, 128 tokens", "backward_tile",

@@ -110,6 +110,8 @@ PLANTS = [
     ("MISSING_WAIT", "asan", "linear", r"use-after-poison"),
     ("OUT_OF_BOUNDS", "asan", "quantize", r"heap-buffer-overflow"),
     ("OUT_OF_BOUNDS", "race", "quantize", r"out of bounds"),
+    # The sums of a run that the last warp reads before they are handed in.
+    ("MISSING_SUM_WAIT", "race", "few", r"race|nobody wrote"),
     # The wait between two products: their operands are given back too early, and a later step's
     # fragments overwrite those of a product under way.
     ("MISSING_WGMMA_WAIT", "asan", "hopper", WGMMA_WAIT),
@@ -142,7 +144,8 @@ PLANTS = [
 # The test that meets a plant: its file and how to select it.
 PLANTED_TESTS = {
     "quantize": ("quantize", "cuda"),
-    "linear": ("linear", "test_two_runs_are_equal and cuda and bfloat16"),
+    "linear": ("linear", "test_two_runs_are_equal and cuda and bfloat16 and 1088"),
+    "few": ("cuda_tiles", "3x33x4608 and bfloat16"),
     "hopper": ("cuda_tiles", "140x33x640 and bfloat16"),
     "dense": ("cuda_tiles", "90x150x520 and bfloat16"),
     "dx values": ("cuda_tiles", "70x200x328 and bfloat16"),

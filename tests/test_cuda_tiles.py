@@ -20,6 +20,13 @@ SHAPES = [
     Matmul((1,), 392, 576, nested=True, bias=True),
     Matmul((7,), 137, 320, block_size=128),
     Matmul((13,), 264, 704, nested=True),
+    # Few tokens and whole units of 256 elements (linear_few.cu): fewer and more units than warps,
+    # more tiles than CTAs, ragged rows and tokens, both numbers of token tiles.
+    Matmul((1,), 130, 512, nested=True, bias=True),
+    Matmul((8,), 55, 1280, block_size=256, format="fp4"),
+    Matmul((3,), 33, 4608, nested=True),
+    Matmul((9,), 200, 768, nested=True, bias=True),
+    Matmul((16,), 47, 4352),
     Matmul((29,), 136, 448, block_size=4096, nested=True),
     Matmul((52,), 264, 320, format="fp4", bias=True),
     Matmul((131,), 144, 256, nested=True, bias=True),
@@ -89,6 +96,8 @@ def test_cuda_linear(case: Matmul, dtype: torch.dtype, cuda_device: torch.device
 
 LORAS = [
     Lora(Matmul((3,), 136, 320, nested=True, bias=True), BF16, 16, F32, 0.1),
+    Lora(Matmul((2,), 100, 768, nested=True, bias=True), BF16, 16, F32, 0.1),
+    Lora(Matmul((12,), 70, 512), F16, 40, None, 0.0),
     Lora(Matmul((40,), 264, 192, nested=True), F16, 24, None, 0.5),
     Lora(Matmul((150,), 136, 320, bias=True), BF16, 7, None, 0.0),
     Lora(Matmul((130,), 64, 576, nested=True), BF16, 64, F32, 0.05),

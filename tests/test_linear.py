@@ -133,9 +133,12 @@ def test_strided_inputs(dtype: torch.dtype, backend: str, device: torch.device) 
 
 
 @dtypes
+@pytest.mark.parametrize("k", [1088, 1280])
 @pytest.mark.parametrize("m", [1, 8, 70])
-def test_two_runs_are_equal(m: int, dtype: torch.dtype, backend: str, device: torch.device) -> None:
-    case = Matmul((m,), 48, 1088, nested=True, bias=True)
+def test_two_runs_are_equal(
+    m: int, k: int, dtype: torch.dtype, backend: str, device: torch.device
+) -> None:
+    case = Matmul((m,), 48, k, nested=True, bias=True)
     weight, _ = case.weight(device)
     layout = (case.block_size, case.format_id)
     x = torch.randn(m, case.k, dtype=dtype, device=device)

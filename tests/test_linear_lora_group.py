@@ -59,6 +59,9 @@ GROUPS = [
     Group((9,), 64, ((33, 8, False), (7, 8, False)), BF16, None, format="fp4"),
     Group((4,), 97, ((16, 4, True),), F32, BF16, 0.5, format="dynamic8"),
     Group((0,), 64, ((16, 4, True), (8, 4, False)), BF16, F32, 0.1),
+    # Few tokens and k % 256 == 0 (csrc/cuda/linear_few.cu).
+    Group((2,), 512, ((136, 8, True), (40, 40, False), (33, 4, True)), BF16, F32, 0.1, nested=True),
+    Group((11,), 256, ((24, 16, False),) * 5, F16, None),
     # More members than one CUDA launch takes, and tiles of two members in one CTA's run.
     Group((3,), 576, ((136, 8, True), (264, 8, False), (33, 4, True)), BF16, F32, 0.1, nested=True),
     Group((5,), 64, ((8, 2, True),) * 5, F16, F32, 0.25),

@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "launch.cuh"
-#include "lora_down.cuh"
+#include "lora_few.cuh"
 #include "matmul.cuh"
 #include "vector.cuh"
 
@@ -13,6 +13,7 @@ constexpr size_t kAlign = 256;
 size_t rounded(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
 size_t forward_workspace(const Matmul& p) {
+  if (few_forward_takes(&p, 1)) return few_forward_workspace(&p, 1);
   const size_t hopper = hopper_forward_takes(p) ? hopper_forward_workspace(p) : 0;
   const size_t tile = tile_forward_takes(p) ? tile_forward_workspace(p) : 0;
   return hopper > tile ? hopper : tile;
@@ -33,6 +34,10 @@ int downs_before(Matmul* p, bool in_launch, cudaStream_t stream) {
 
 int forward(Matmul p, void* workspace, cudaStream_t stream) {
   if (p.m == 0) return 0;
+  if (few_forward_takes(&p, 1)) {
+    const int status = downs_before(&p, few_down_takes(p, 1), stream);
+    return status != 0 ? status : few_forward(&p, 1, workspace, stream);
+  }
   const bool hopper = hopper_forward_takes(p), tile = tile_forward_takes(p);
   int status = downs_before(&p, p.weight.n > 0 && (hopper || tile), stream);
   if (status != 0 || p.weight.n == 0) return status;
@@ -177,7 +182,9 @@ extern "C" size_t nf4_cuda_linear_lora_group_workspace(const nf4_member* members
   for (int start = 0; start < count; start += kMaxMembers) {
     const int here = count - start < kMaxMembers ? count - start : kMaxMembers;
     const Group g = group_of(nullptr, members + start, here, m, dtype);
-    if (group_forward_takes(g.matmuls, here)) {
+    if (few_forward_takes(g.matmuls, here)) {
+      most = std::max(most, few_forward_workspace(g.matmuls, here));
+    } else if (group_forward_takes(g.matmuls, here)) {
       most = std::max(most, group_forward_workspace(g.matmuls, here));
     }
     for (int i = 0; i < here; ++i) most = std::max(most, forward_workspace(g.matmuls[i]));
@@ -199,9 +206,12 @@ extern "C" int nf4_cuda_linear_lora_group(const void* x, const nf4_member* membe
     Group g = group_of(x, members + start, here, m, dtype);
     // The first launch computes all down-projections, so x is read once for them.
     g.matmuls[0].downs = g.downs, g.matmuls[0].down_count = here;
-    if (in_one_launch(g.matmuls, here)) {
-      status = downs_before(&g.matmuls[0], true, stream);
-      if (status == 0) status = group_forward(g.matmuls, here, workspace, stream);
+    const bool few = few_forward_takes(g.matmuls, here);
+    if (few || in_one_launch(g.matmuls, here)) {
+      status = downs_before(&g.matmuls[0], !few || few_down_takes(g.matmuls[0], here), stream);
+      if (status != 0) break;
+      status = few ? few_forward(g.matmuls, here, workspace, stream)
+                   : group_forward(g.matmuls, here, workspace, stream);
       continue;
     }
     for (int i = 0; i < here && status == 0; ++i) {

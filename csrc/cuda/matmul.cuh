@@ -59,6 +59,13 @@ bool group_forward_takes(const Matmul* members, int count);
 size_t group_forward_workspace(const Matmul* members, int count);
 int group_forward(const Matmul* members, int count, void* workspace, cudaStream_t stream);
 
+// The same for few tokens, k % 256 == 0, and one weight or several that share `in`, k and format
+// (linear_few.cu).
+constexpr int64_t kFewTokens = 16;
+bool few_forward_takes(const Matmul* members, int count);
+size_t few_forward_workspace(const Matmul* members, int count);
+int few_forward(const Matmul* members, int count, void* workspace, cudaStream_t stream);
+
 // Hopper's tensor cores (hopper_tile.cu): 16-bit elements, every format, k % 8 == 0, many tokens.
 // hopper_forward returns cudaErrorNotSupported, with nothing launched, where the driver encodes no
 // tensor maps.

@@ -76,6 +76,53 @@ __device__ __forceinline__ T* in_global(T* pointer) {
   return pointer;
 }
 
+// ld.global.nc that leaves no line in L1: for what a launch reads once and does not write.
+__device__ __forceinline__ uint2 load_past_l1(const uint2* from) {
+#if defined(NF4_EMULATE)
+  return *from;
+#else
+  uint2 out;
+  asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];\n"
+      : "=r"(out.x), "=r"(out.y)
+      : "l"(__cvta_generic_to_global(from)));
+  return out;
+#endif
+}
+
+// prefetch.global.L2: the 128 bytes around an address are wanted soon. No data reaches the thread,
+// so this may come before what the bytes depend on is known to be complete.
+__device__ __forceinline__ void prefetch_to_l2(const void* from) {
+#if defined(NF4_EMULATE)
+  static_cast<void>(from);
+#else
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(__cvta_generic_to_global(from)));
+#endif
+}
+
+// griddepcontrol: a kernel launched by launch_after (launch.cuh) may begin while the one before it
+// on the stream still runs, once that has called let_next_begin in every block. Nothing of what
+// that one writes may be read, and nothing that it reads written, before wait_for_previous. Both do
+// nothing in other launches, and before sm_90.
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+
+// shfl.sync: the value that lane `lane` of this lane's quad holds.
+__device__ __forceinline__ float from_quad_lane(float value, int lane) {
+#if defined(NF4_EMULATE)
+  return __shfl_sync(0xffffffffu, value, static_cast<int>(threadIdx.x & 28) + lane);
+#else
+  return __shfl_sync(0xffffffffu, value, lane, 4);
+#endif
+}
+
 // redux.sync: the largest of the warp's 32 values, in every lane.
 __device__ __forceinline__ uint32_t warp_max(uint32_t value) {
 #if defined(NF4_EMULATE) || defined(NF4_BEFORE_SM80)
@@ -133,6 +180,19 @@ __device__ __forceinline__ void publish(int* counter) {
 #else
   __threadfence();
   atomicAdd(counter, 1);
+#endif
+}
+
+// A ticket that whoever gets the next one sees the writes of: everything that this thread, or
+// another before a barrier, wrote comes before, and everything that it reads after.
+__device__ __forceinline__ int take_turn(int* counter) {
+#if defined(NF4_EMULATE)
+  return emulation::take_turn(counter);
+#else
+  __threadfence();
+  const int ticket = atomicAdd(counter, 1);
+  __threadfence();
+  return ticket;
 #endif
 }
 

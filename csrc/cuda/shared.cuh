@@ -15,6 +15,7 @@ class Carve {
   T* take(int count, int alignment = 16, NF4_SITE) {
     return static_cast<T*>(emulation::carve(count * sizeof(T), alignment, file, line));
   }
+  void align(int) {}
 #else
   __device__ __forceinline__ Carve() {
     extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
@@ -25,6 +26,10 @@ class Carve {
     T* array = reinterpret_cast<T*>(next_);
     next_ += count * sizeof(T);
     return array;
+  }
+  // The next array begins at an address in shared memory that is a multiple of this power of two.
+  __device__ __forceinline__ void align(uint32_t power) {
+    next_ += (power - shared_address(next_) % power) % power;
   }
 
  private:

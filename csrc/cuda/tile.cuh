@@ -72,13 +72,13 @@ __device__ __forceinline__ TilePosition position(const TileArguments& p, int64_t
 template <typename S>
 struct Place {
   int64_t row_base, token_base;  // of the warp
-  int g, t;
+  int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 
+  __device__ Place(int64_t row_base, int64_t token_base)
+      : row_base(row_base), token_base(token_base) {}
   __device__ Place(const TileArguments& p, int64_t tile) {
     const TilePosition at = position<S>(p, tile);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    g = lane / 4;
-    t = lane % 4;
+    const int warp = threadIdx.x / 32;
     row_base = at.row_tile * S::kRows + warp / S::kWarpsToken * S::kWarpRows;
     token_base = at.token_tile * S::kTokens + warp % S::kWarpsToken * (8 * S::kTokenTiles);
   }

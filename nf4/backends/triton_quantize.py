@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,8 +11,6 @@ from nf4.backends.triton_launch import (
     bucket_table,
     decoder,
     kernel,
-    lane_encoder,
-    lane_table,
     launch,
     threshold_table,
     value_table,
@@ -35,13 +31,9 @@ def quantize(x: Tensor, block_size: int, format: int) -> tuple[Tensor, Tensor]:
     absmax = flat.new_empty(cdiv(n, block_size), dtype=torch.float32)
     if n == 0:
         return packed, absmax
-    config = tuning.quantize()
+    config = tuning.quantize(fmt.bits)
     blocks = config.tile // block_size
-    encoder: dict[str, Any] = {"ASM": None, "CONSTRAINTS": None}
-    lanes = lane_table(format, flat.device) if fmt.bits == 4 else None
-    if lanes is not None:
-        table, encoder = lanes, lane_encoder()
-    elif fmt.bits == 4:
+    if fmt.bits == 4:
         table = bucket_table(format, flat.device)
     else:
         table = threshold_table(format, flat.device)
@@ -60,7 +52,6 @@ def quantize(x: Tensor, block_size: int, format: int) -> tuple[Tensor, Tensor]:
             "BUCKETS": table.numel() // 4 if fmt.bits == 4 else None,
             "PAIRS": n % 2 == 0 and flat.data_ptr() % (2 * flat.itemsize) == 0,
             "SHORT": fmt.bits == 4 and n % block_size != 0,
-            **encoder,
         },
         flat.device,
         num_warps=config.num_warps,
@@ -92,7 +83,7 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             "CHUNKS": config.chunks,
         },
         device,
-        num_warps=config.num_warps,
+        num_warps=1,
         exact=True,
     )
     launch(
@@ -108,7 +99,7 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             "n": n,
             "chunks": chunks,
             "BLOCKS": config.blocks,
-            "SUMS": config.sums,
+            "UNROLL": config.unroll,
         },
         device,
         num_warps=config.num_warps,

@@ -69,6 +69,13 @@ void atomic_add(int64_t* counter, int64_t value) { *counter += value; }
 
 int take_ticket(int* counter) { return (*counter)++; }
 
+int take_turn(int* counter) {
+  checker_publish();
+  const int ticket = (*counter)++;
+  checker_acquire();
+  return ticket;
+}
+
 void publish(int* counter) {
   ++*counter;
   checker_publish();

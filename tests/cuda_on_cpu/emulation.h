@@ -65,6 +65,7 @@ void atomic_add(int64_t* counter, int64_t value);
 // Counters by which blocks order each other's global memory. Blocks run one after the other, so a
 // wait for one that has not run is a defect: with tickets none can happen.
 int take_ticket(int* counter);
+int take_turn(int* counter);
 void publish(int* counter);
 void wait_for(const int* counter, int value, const char* file, int line);
 void clear(void* p, size_t bytes);
