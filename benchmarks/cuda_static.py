@@ -72,7 +72,7 @@ def _forward(tokens: int, shape: str, elements: int, limit: float | None = None)
 
 def _hopper(tokens: int, tile: str, weights: str, elements: int) -> Target:
     """A tile of 128 rows by wgmma: a CTA's tensor cores use 2048 / tokens weights a clock."""
-    kernel = rf"hopper_tile_kernel<__nv_bfloat16, .*HopperTile<{tile}>"
+    kernel = rf"hopper_tile_kernel<__nv_bfloat16, .*HopperTile<{tile}, 2>"
     name = f"linear, wgmma {tokens} tokens, {weights}"
     return Target(name, "hopper_tile", kernel, "HGMMA", elements, tokens / 16, ("90a",))
 

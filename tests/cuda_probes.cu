@@ -111,19 +111,65 @@ __global__ void tma_kernel(const __grid_constant__ TensorMap map, uint4* out, in
 #endif
 }
 
+// Two CTAs load the halves of 8 rows of 64 elements for both, two stages in turn, `steps` steps of
+// K: out[CTA][step] is the stage as it lies in the shared memory of each.
+__global__ void __launch_bounds__(64)
+    cluster_kernel(const __grid_constant__ TensorMap map, uint4* out, int steps) {
+#if defined(NF4_HOPPER_CODE)
+  constexpr int kStage = 2048, kHalf = 1024;
+  Carve carve;
+  auto* stages = carve.take<unsigned char>(2 * kStage, 1024);
+  auto* full = carve.take<Mbarrier>(4);
+  Mbarrier* empty = full + 2;
+  const int rank = static_cast<int>(blockIdx.x);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; ++i) {
+      mbarrier_init(full + i, 1);
+      mbarrier_init(empty + i, 2);
+    }
+    mbarrier_init_done();
+  }
+  cluster_sync();
+  if (threadIdx.x == 0) {
+    for (int step = 0; step < steps; ++step) {
+      const int stage = step % 2;
+      mbarrier_wait(empty + stage, (step / 2 + 1) % 2);
+      mbarrier_arrive_expect(full + stage, kStage);
+      tma_load_all(stages + stage * kStage + rank * kHalf, map, full + stage, step * 64, rank * 8,
+                   2);
+    }
+  } else if (threadIdx.x >= 32) {
+    const int lane = threadIdx.x - 32;
+    for (int step = 0; step < steps; ++step) {
+      const int stage = step % 2;
+      mbarrier_wait(full + stage, step / 2 % 2);
+      for (int i = lane; i < kStage / 16; i += 32) {
+        out[(rank * steps + step) * (kStage / 16) + i] =
+            reinterpret_cast<const uint4*>(stages + stage * kStage)[i];
+      }
+      __syncwarp();
+      if (lane < 2) mbarrier_arrive_at(empty + stage, lane);
+    }
+  }
+  cluster_sync();
+#endif
+}
+
 // Where wgmma takes its operands from.
 enum class Source { kFragments, kShared, kSharedByRows };
 
-// d [128 threads][64] = w [64, k] times x over steps of 64 of k that reuse one stage. x is [128, k]
-// or, by rows, [k, 128]; w comes from shared memory or as fragments a [step][4][128 threads][4].
-template <typename T, Source kSource>
+// d [128 threads][64 kHalves] = w [64, k] times x over steps of 64 of k that reuse one stage. x is
+// [columns, k] or, by rows, [k, columns], of 128 kHalves columns; w comes from shared memory or as
+// fragments a [step][4][128 threads][4].
+template <typename T, Source kSource, int kHalves>
 __global__ void __launch_bounds__(128)
     wgmma_kernel(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,
                  const uint32_t* a, float* d, int steps) {
 #if defined(NF4_HOPPER_CODE)
   constexpr bool kFragments = kSource == Source::kFragments;
+  constexpr int kStage = kHalves * 16384;
   Carve carve;
-  auto* x = carve.take<unsigned char>(16384, 1024);
+  auto* x = carve.take<unsigned char>(kStage, 1024);
   auto* w = carve.take<unsigned char>(8192, 1024);
   auto* barrier = carve.take<Mbarrier>(2);
   if (threadIdx.x == 0) {
@@ -131,13 +177,14 @@ __global__ void __launch_bounds__(128)
     mbarrier_init_done();
   }
   __syncthreads();
-  float acc[16][4] = {};
+  float acc[kHalves][16][4] = {};
   for (int step = 0; step < steps; ++step) {
     if (threadIdx.x == 0) {
-      mbarrier_arrive_expect(barrier, 16384 + 8192);
+      mbarrier_arrive_expect(barrier, kStage + 8192);
       if constexpr (kSource == Source::kSharedByRows) {
-        tma_load(x, x_map, barrier, 0, step * 64);
-        tma_load(x + 8192, x_map, barrier, 64, step * 64);
+        for (int block = 0; block < 2 * kHalves; ++block) {
+          tma_load(x + block * 8192, x_map, barrier, block * 64, step * 64);
+        }
       } else {
         tma_load(x, x_map, barrier, step * 64, 0);
       }
@@ -159,12 +206,11 @@ __global__ void __launch_bounds__(128)
       const uint64_t b = moved(shared_matrix(x), c * 32);
       const uint64_t from_shared = moved(shared_matrix(w), c * 32);
       if constexpr (kFragments) {
-        wgmma_m64n128k16<T>(acc, own[c], b);
+        wgmma<T>(acc, own[c], b);
       } else if constexpr (kSource == Source::kShared) {
-        wgmma_m64n128k16<T>(acc, from_shared, b);
+        wgmma<T>(acc, from_shared, b);
       } else {
-        wgmma_m64n128k16<T, true>(acc, from_shared,
-                                  moved(shared_matrix_by_rows(x, 8192), c * 2048));
+        wgmma<T, true>(acc, from_shared, moved(shared_matrix_by_rows(x, 8192), c * 2048));
       }
     }
     wgmma_commit();
@@ -173,24 +219,29 @@ __global__ void __launch_bounds__(128)
     for (int c = 0; c < 4; ++c) wgmma_pin(own[c]);
     __syncthreads();
   }
-  wgmma_results(acc);
 #pragma unroll
-  for (int i = 0; i < 64; ++i) d[threadIdx.x * 64 + i] = acc[i / 4][i % 4];
+  for (int h = 0; h < kHalves; ++h) {
+    wgmma_results(acc[h]);
+#pragma unroll
+    for (int i = 0; i < 64; ++i) {
+      d[(threadIdx.x * kHalves + h) * 64 + i] = acc[h][i / 4][i % 4];
+    }
+  }
 #endif
 }
 
-template <typename T>
+template <typename T, int kHalves>
 int wgmma_probe(const void* x, const void* w, const uint32_t* a, float* d, int64_t k,
                 bool by_rows) {
   TensorMap x_map, w_map;
-  int status =
-      by_rows ? encode_matrix(x, k, 128, 64, &x_map) : encode_matrix(x, 128, k, 128, &x_map);
+  int status = by_rows ? encode_matrix(x, k, 128 * kHalves, 64, &x_map)
+                       : encode_matrix(x, 128 * kHalves, k, 128 * kHalves, &x_map);
   if (status == 0) status = encode_matrix(w, 64, k, 64, &w_map);
   if (status != 0) return status;
-  return launch(by_rows        ? wgmma_kernel<T, Source::kSharedByRows>
-                : a != nullptr ? wgmma_kernel<T, Source::kFragments>
-                               : wgmma_kernel<T, Source::kShared>,
-                dim3(1), dim3(128), 16384 + 8192 + 16, nullptr, x_map, w_map, a, d,
+  return launch(by_rows        ? wgmma_kernel<T, Source::kSharedByRows, kHalves>
+                : a != nullptr ? wgmma_kernel<T, Source::kFragments, kHalves>
+                               : wgmma_kernel<T, Source::kShared, kHalves>,
+                dim3(1), dim3(128), kHalves * 16384 + 8192 + 16, nullptr, x_map, w_map, a, d,
                 static_cast<int>((k + 63) / 64));
 }
 
@@ -204,15 +255,15 @@ __global__ void __launch_bounds__(128)
   for (int i = threadIdx.x; i < 1536; i += 128) shared[i] = image[i];
   fence_async_shared();
   __syncthreads();
-  float acc[16][4] = {};
+  float acc[1][16][4] = {};
   wgmma_fence();
-  wgmma_m64n128k16<__nv_bfloat16, true>(acc, shared_matrix(shared + 1024),
-                                        shared_matrix_by_rows(shared, to_next));
+  wgmma<__nv_bfloat16, true>(acc, shared_matrix(shared + 1024),
+                             shared_matrix_by_rows(shared, to_next));
   wgmma_commit();
   wgmma_wait<0>();
-  wgmma_results(acc);
+  wgmma_results(acc[0]);
 #pragma unroll
-  for (int i = 0; i < 64; ++i) d[threadIdx.x * 64 + i] = acc[i / 4][i % 4];
+  for (int i = 0; i < 64; ++i) d[threadIdx.x * 64 + i] = acc[0][i / 4][i % 4];
 #endif
 }
 
@@ -277,12 +328,22 @@ int probe_tma_128(const void* in, void* out, int64_t rows, int64_t columns, int 
                      : launch(tma_kernel, dim3(1), dim3(32), 16384 + 16, nullptr, map,
                               static_cast<uint4*>(out), 16384, 4, c0, 0, c3);
 }
+int probe_cluster(const void* in, void* out, int64_t k) {
+  TensorMap map;
+  const int status = encode_matrix(in, 16, k, 8, &map);
+  return status != 0
+             ? status
+             : launch_clusters(cluster_kernel, dim3(2), dim3(64), 2, 4096 + 32, nullptr, map,
+                               static_cast<uint4*>(out), static_cast<int>((k + 63) / 64));
+}
 int probe_wgmma(const void* x, const void* w, const void* a, void* d, int64_t k, int is_bf16,
-                int by_rows) {
+                int by_rows, int halves) {
   const auto* fragments = static_cast<const uint32_t*>(a);
   auto* out = static_cast<float*>(d);
-  return is_bf16 ? wgmma_probe<__nv_bfloat16>(x, w, fragments, out, k, by_rows)
-                 : wgmma_probe<__half>(x, w, fragments, out, k, by_rows);
+  const auto probe = halves == 1
+                         ? (is_bf16 ? wgmma_probe<__nv_bfloat16, 1> : wgmma_probe<__half, 1>)
+                         : (is_bf16 ? wgmma_probe<__nv_bfloat16, 2> : wgmma_probe<__half, 2>);
+  return probe(x, w, fragments, out, k, by_rows);
 }
 int probe_wgmma_image(const void* image, void* d, int to_next) {
   return launch(wgmma_image_kernel, dim3(1), dim3(128), 24576, nullptr,

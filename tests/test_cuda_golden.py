@@ -222,13 +222,28 @@ def test_tma_of_even_and_odd_rows(hopper: Probes, at: tuple[int, int]) -> None:
     assert torch.equal(out.cpu(), swizzled(box.contiguous().view(torch.uint8)))
 
 
+def test_cluster(hopper: Probes) -> None:
+    """Two CTAs fill each other's stages, each with half of the rows, the last step ragged."""
+    data = torch.randint(-(2**15), 2**15, (16, 312), dtype=torch.int16)
+    out = torch.empty(2, 5, 16, 128, dtype=torch.uint8, device=hopper.device)
+
+    hopper.call("cluster", data.to(hopper.device), out, c_int64(312))
+
+    padded = torch.zeros(16, 320, dtype=torch.int16)
+    padded[:, :312] = data
+    steps = padded.view(16, 5, 64).transpose(0, 1).contiguous().view(torch.uint8)
+    expected = torch.stack([swizzled(step) for step in steps])
+    assert torch.equal(out.cpu(), expected.expand(2, -1, -1, -1))
+
+
+@pytest.mark.parametrize("columns", [128, 256])
 @pytest.mark.parametrize("source", ["registers", "shared", "shared by rows"])
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-def test_wgmma(hopper: Probes, dtype: torch.dtype, source: str) -> None:
+def test_wgmma(hopper: Probes, dtype: torch.dtype, source: str, columns: int) -> None:
     """Three steps of 64 through one stage by TMA, the last one ragged: k = 152."""
     k = 152
-    x, w = torch.randn(128, k, dtype=dtype), torch.randn(64, k, dtype=dtype)
-    out = torch.empty(4, 32, 16, 4, device=hopper.device)
+    x, w = torch.randn(columns, k, dtype=dtype), torch.randn(64, k, dtype=dtype)
+    out = torch.empty(4, 32, columns // 8, 4, device=hopper.device)
     fragments = None
     if source == "registers":
         padded = torch.zeros(64, 192, dtype=dtype)
@@ -238,16 +253,17 @@ def test_wgmma(hopper: Probes, dtype: torch.dtype, source: str) -> None:
     by_rows = source == "shared by rows"
 
     inputs = (x.t().contiguous() if by_rows else x).to(hopper.device), w.to(hopper.device)
-    hopper.call("wgmma", *inputs, fragments, out, c_int64(k), int(dtype is BF16), int(by_rows))
+    flags = int(dtype is BF16), int(by_rows), columns // 128
+    hopper.call("wgmma", *inputs, fragments, out, c_int64(k), *flags)
 
     exact = w.double() @ x.double().t()
     torch.testing.assert_close(out.cpu().double(), wgmma_fragments(exact), rtol=0, atol=1e-3)
 
 
 def wgmma_fragments(d: Tensor) -> Tensor:
-    """[64, 128] -> [4 warps, 32 lanes, 16 column blocks, 4 registers]."""
+    """[64, columns] -> [4 warps, 32 lanes, columns / 8, 4 registers]."""
     rows, columns = c_indices()
-    blocks = d.view(4, 16, 16, 8)  # [warp, row, column block, column]
+    blocks = d.view(4, 16, -1, 8)  # [warp, row, column block, column]
     return blocks[:, rows, :, columns].permute(2, 0, 3, 1)
 
 

@@ -1,4 +1,5 @@
-// Hopper's asynchronous instructions: mbarrier, copies by tensor map (TMA), wgmma.
+// Hopper's asynchronous instructions: mbarrier, copies by tensor map (TMA), wgmma; and clusters,
+// the CTAs that see each other's shared memory.
 //
 // The rules of ptx.cuh hold here: one PTX side for sm_90a, one side for tests/cuda_on_cpu. For
 // other architectures NF4_HOPPER_CODE is not defined, and kernels leave their bodies out.
@@ -78,11 +79,15 @@ __device__ __forceinline__ void mbarrier_arrive_expect(Mbarrier* barrier, int by
 
 // mbarrier.try_wait.parity: returns when the phase of this parity has ended. The first phase has
 // parity 0, and "the phase before it" parity 1: a wait for 1 on a fresh barrier returns at once.
+// With NF4_BOUND_WAITS a wait that does not end becomes an error of the launch.
 __device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, uint32_t parity, NF4_SITE) {
 #if defined(NF4_EMULATE)
   emulation::mbarrier_wait(barrier, parity, file, line);
 #else
   uint32_t ended;
+#if defined(NF4_BOUND_WAITS)
+  int tries = 0;
+#endif
   do {
     asm volatile(
         "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
@@ -90,7 +95,34 @@ __device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, uint32_t parity
         : "=r"(ended)
         : "r"(shared_address(barrier)), "r"(parity)
         : "memory");
+#if defined(NF4_BOUND_WAITS)
+    if (++tries > NF4_BOUND_WAITS) asm volatile("trap;\n");
+#endif
   } while (ended == 0);
+#endif
+}
+
+// mapa, mbarrier.arrive: an arrival at the same barrier of CTA `rank` of this cluster. It says that
+// reads are done, and makes no writes visible there: with .release.cluster it would, and ptxas puts
+// a fence of the whole GPU before each.
+__device__ __forceinline__ void mbarrier_arrive_at(Mbarrier* barrier, int rank, NF4_SITE) {
+#if defined(NF4_EMULATE)
+  emulation::mbarrier_arrive_at(barrier, rank, file, line);
+#else
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}\n" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+#endif
+}
+
+// barrier.cluster: all threads of the cluster's CTAs have come, and see what the others wrote.
+__device__ __forceinline__ void cluster_sync(NF4_SITE) {
+#if defined(NF4_EMULATE)
+  emulation::cluster_barrier(file, line);
+#else
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;\n" ::: "memory");
 #endif
 }
 
@@ -128,6 +160,23 @@ __device__ __forceinline__ void tma_load(void* shared, const TensorMap& map, Mba
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
       "[%1, {%2, %3, %4, %5}], [%6];\n" ::"r"(shared_address(shared)),
       "l"(&map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(shared_address(barrier))
+      : "memory");
+#endif
+}
+
+// The same box for the first `ctas` CTAs of the cluster: to the same place in the shared memory of
+// each, and its bytes count towards the same barrier of each.
+__device__ __forceinline__ void tma_load_all(void* shared, const TensorMap& map, Mbarrier* barrier,
+                                             int c0, int c1, int ctas, NF4_SITE) {
+#if defined(NF4_EMULATE)
+  const int at[2] = {c0, c1};
+  emulation::tma_load_all(shared, &map, barrier, at, 2, ctas, file, line);
+#else
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;\n" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(c0), "r"(c1), "r"(shared_address(barrier)),
+      "h"(static_cast<uint16_t>((1 << ctas) - 1))
       : "memory");
 #endif
 }
@@ -219,12 +268,22 @@ __device__ __forceinline__ void wgmma_pin(uint32_t (&a)[4]) {
 #define NF4_F4(d, i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 #define NF4_F16(d, i) NF4_F4(d, i), NF4_F4(d, i + 1), NF4_F4(d, i + 2), NF4_F4(d, i + 3)
 #define NF4_F64(d) NF4_F16(d, 0), NF4_F16(d, 4), NF4_F16(d, 8), NF4_F16(d, 12)
+#define NF4_F128(d) NF4_F64(d[0]), NF4_F64(d[1])
 // clang-format off
 #define NF4_R64                                                                                   \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "   \
   "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "    \
   "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "    \
   "%56, %57, %58, %59, %60, %61, %62, %63}"
+#define NF4_R128                                                                                  \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "   \
+  "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "    \
+  "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "    \
+  "%56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, "    \
+  "%74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, "    \
+  "%92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, "      \
+  "%108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, "    \
+  "%123, %124, %125, %126, %127}"
 // clang-format on
 
 // No instruction: what follows sees the accumulators as the wait before it left them.
@@ -236,60 +295,76 @@ __device__ __forceinline__ void wgmma_results(float (&d)[16][4]) {
 #endif
 }
 
-// wgmma.m64n128k16, fp32 accumulators: d += a b^T for a warpgroup of 128 threads, asynchronously.
-// Warp w has rows 16 w to 16 w + 15 of a and d, in the layout of mma.m16n8k16 (ptx.cuh): d[j] is
-// the fragment of columns 8 j to 8 j + 7. a comes from registers or, like b [128 rows of 16], as a
-// shared_matrix [64 rows of 16]; then b may also be a shared_matrix_by_rows [16 rows of 128].
-#define NF4_WGMMA(type, a_operand, b_operand, transposes, ...)                                \
-  asm volatile(                                                                               \
-      "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"                                              \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " NF4_R64 ", " a_operand \
-      ", " b_operand ", p, 1, 1, " transposes ";\n}\n"                                        \
-      : NF4_F64(d)                                                                            \
-      : __VA_ARGS__                                                                           \
-      : "memory")
-template <typename T>
-__device__ __forceinline__ void wgmma_m64n128k16(float (&d)[16][4], const uint32_t (&a)[4],
-                                                 uint64_t b, NF4_SITE) {
+// wgmma.m64n128k16 and m64n256k16, fp32 accumulators: d += a b^T for a warpgroup of 128 threads,
+// asynchronously. Warp w has rows 16 w to 16 w + 15 of a and d, in the layout of mma.m16n8k16
+// (ptx.cuh): d[h][j] is the fragment of columns 128 h + 8 j to 128 h + 8 j + 7. a comes from
+// registers or, like b [columns of d, 16], as a shared_matrix [64 rows of 16]; then b may also be a
+// shared_matrix_by_rows [16, columns of d].
+#define NF4_WGMMA(columns, type, registers, sums, a_operand, b_operand, transposes, ...)           \
+  asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" columns \
+               "k16.f32." type "." type " " registers ", " a_operand ", " b_operand                \
+               ", p, 1, 1, " transposes ";\n}\n"                                                   \
+               : sums                                                                              \
+               : __VA_ARGS__                                                                       \
+               : "memory")
+#define NF4_WGMMA_REGISTERS(type)                                                                 \
+  if constexpr (kHalves == 1) {                                                                   \
+    NF4_WGMMA("128", type, NF4_R64, NF4_F64(d[0]), "{%64, %65, %66, %67}", "%68", "0", "r"(a[0]), \
+              "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                           \
+  } else {                                                                                        \
+    NF4_WGMMA("256", type, NF4_R128, NF4_F128(d), "{%128, %129, %130, %131}", "%132", "0",        \
+              "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                \
+  }
+// The last two immediates: a by rows, b by rows.
+#define NF4_WGMMA_SHARED(type, transposes)                                                     \
+  if constexpr (kHalves == 1) {                                                                \
+    NF4_WGMMA("128", type, NF4_R64, NF4_F64(d[0]), "%64", "%65", transposes, "l"(a), "l"(b));  \
+  } else {                                                                                     \
+    NF4_WGMMA("256", type, NF4_R128, NF4_F128(d), "%128", "%129", transposes, "l"(a), "l"(b)); \
+  }
+template <typename T, int kHalves>
+__device__ __forceinline__ void wgmma(float (&d)[kHalves][16][4], const uint32_t (&a)[4],
+                                      uint64_t b, NF4_SITE) {
   constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
 #if defined(NF4_EMULATE)
-  emulation::Wgmma payload{&d[0][0], a, 0, b, kBf16, false};
+  emulation::Wgmma payload{&d[0][0][0], a, 0, b, kHalves, kBf16, false};
   emulation::warp_collective(emulation::wgmma, &payload, file, line);
 #else
-#define NF4_FRAGMENTS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
   if constexpr (kBf16) {
-    NF4_WGMMA("bf16", "{%64, %65, %66, %67}", "%68", "0", NF4_FRAGMENTS);
+    NF4_WGMMA_REGISTERS("bf16")
   } else {
-    NF4_WGMMA("f16", "{%64, %65, %66, %67}", "%68", "0", NF4_FRAGMENTS);
+    NF4_WGMMA_REGISTERS("f16")
   }
-#undef NF4_FRAGMENTS
 #endif
 }
-template <typename T, bool kByRows = false>
-__device__ __forceinline__ void wgmma_m64n128k16(float (&d)[16][4], uint64_t a, uint64_t b,
-                                                 NF4_SITE) {
+template <typename T, bool kByRows = false, int kHalves>
+__device__ __forceinline__ void wgmma(float (&d)[kHalves][16][4], uint64_t a, uint64_t b,
+                                      NF4_SITE) {
   constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
 #if defined(NF4_EMULATE)
-  emulation::Wgmma payload{&d[0][0], nullptr, a, b, kBf16, kByRows};
+  emulation::Wgmma payload{&d[0][0][0], nullptr, a, b, kHalves, kBf16, kByRows};
   emulation::warp_collective(emulation::wgmma, &payload, file, line);
 #else
-  // The last two immediates: a by rows, b by rows.
   if constexpr (kBf16 && kByRows) {
-    NF4_WGMMA("bf16", "%64", "%65", "0, 1", "l"(a), "l"(b));
+    NF4_WGMMA_SHARED("bf16", "0, 1")
   } else if constexpr (kBf16) {
-    NF4_WGMMA("bf16", "%64", "%65", "0, 0", "l"(a), "l"(b));
+    NF4_WGMMA_SHARED("bf16", "0, 0")
   } else if constexpr (kByRows) {
-    NF4_WGMMA("f16", "%64", "%65", "0, 1", "l"(a), "l"(b));
+    NF4_WGMMA_SHARED("f16", "0, 1")
   } else {
-    NF4_WGMMA("f16", "%64", "%65", "0, 0", "l"(a), "l"(b));
+    NF4_WGMMA_SHARED("f16", "0, 0")
   }
 #endif
 }
 
+#undef NF4_WGMMA_SHARED
+#undef NF4_WGMMA_REGISTERS
 #undef NF4_WGMMA
 #undef NF4_F4
 #undef NF4_F16
 #undef NF4_F64
+#undef NF4_F128
+#undef NF4_R128
 #undef NF4_R64
 
 #endif  // NF4_HOPPER_CODE

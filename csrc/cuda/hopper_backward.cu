@@ -19,13 +19,17 @@
 namespace nf4::cuda {
 namespace {
 
+// kCluster CTAs work together on the same columns and steps of n, each on tokens of its own: W is
+// read once for all of them.
 struct BackwardTile : HopperRoles {
+  static constexpr int kCluster = 2;
   static constexpr int kHalves = 2;  // of 128 columns
   static constexpr int kStages = 4;
   static constexpr int kTokens = kHopperRows, kColumns = 128 * kHalves;
   static constexpr int kTokenStage = kTokens * 2 * kHopperStep;
   static constexpr int kBlock = 128 * kHopperStep;  // 64 columns of a step
   static constexpr int kBlocks = kColumns / 64;
+  static_assert(kBlocks % kCluster == 0);
   static constexpr int kWeightStage = kBlocks * kBlock;
   static constexpr int kShared = kStages * (kTokenStage + kWeightStage) + 2 * kStages * 8;
   static_assert(kShared <= 227 * 1024);
@@ -44,9 +48,9 @@ struct BackwardArguments {
   void* dx;
   float* partial;
   int64_t m, k;
-  Schedule schedule;
-  int64_t column_tiles, token_tiles;
-  int up_steps;  // the first of a tile's steps: ranks
+  Schedule schedule;                  // of clusters
+  int64_t column_tiles, token_tiles;  // of a cluster: kCluster token tiles
+  int up_steps;                       // the first of a tile's steps: ranks
 };
 
 #if defined(NF4_HOPPER_CODE)
@@ -60,37 +64,52 @@ struct Place {
 
   __device__ Place(const BackwardArguments& p, int64_t tile) {
     const TilePosition at = tile_position(tile, p.column_tiles, p.token_tiles);
-    token = at.token_tile * S::kTokens + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+    const int64_t token_tile = at.token_tile * S::kCluster + blockIdx.x % S::kCluster;
+    token = token_tile * S::kTokens + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
     column = at.row_tile * S::kColumns + threadIdx.x % 4 * 2;
   }
 };
 
+// Partial results of this CTA's place in a cluster, as many for each.
+__device__ __forceinline__ float* partials_of(const BackwardArguments& p) {
+  const int64_t slots = 2 * static_cast<int64_t>(p.schedule.ctas);
+  return p.partial + blockIdx.x % S::kCluster * slots * S::Fragments::kPartial;
+}
+
 // One thread loads every step of this CTA's tiles, as soon as the consumers have left a stage.
 __device__ __forceinline__ void produce(const BackwardArguments& p, unsigned char* tokens,
                                         unsigned char* weights, Mbarrier* full, Mbarrier* empty) {
-  const int64_t count = p.schedule.count(blockIdx.x);
-  Cursor at(p.schedule, blockIdx.x);
+  const int64_t cluster = blockIdx.x / S::kCluster;
+  const int64_t count = p.schedule.count(cluster);
+  Cursor at(p.schedule, cluster);
   Ring<S::kStages> ring;
   for (int64_t i = 0; i < count; ++i) {
     const TilePosition tile = tile_position(at.tile, p.column_tiles, p.token_tiles);
-    const auto token = static_cast<int>(tile.token_tile * S::kTokens);
+    const int64_t token_tile = tile.token_tile * S::kCluster + blockIdx.x % S::kCluster;
+    const auto token = static_cast<int>(token_tile * S::kTokens);
     const auto column = static_cast<int>(tile.row_tile * S::kColumns);
     const bool is_up = at.step < p.up_steps;
     const TensorMap& left = is_up ? p.left_map : p.token_map;
     const TensorMap& right = is_up ? p.right_map : p.weight_map;
     const int reduced = (is_up ? at.step : at.step - p.up_steps) * kHopperStep;
     Mbarrier* barrier = full + ring.stage;
-    mbarrier_wait(empty + ring.stage, ring.parity ^ 1);
+    wait_empty<S>(empty, ring);
     mbarrier_arrive_expect(barrier, S::kTokenStage + S::kWeightStage);
     tma_load(tokens + ring.stage * S::kTokenStage, left, barrier, reduced, token);
 #pragma unroll
-    for (int b = 0; b < S::kBlocks; ++b) {
-      tma_load(weights + ring.stage * S::kWeightStage + b * S::kBlock, right, barrier,
-               column + 64 * b, reduced);
+    for (int i = 0; i < S::kBlocks / S::kCluster; ++i) {
+      const int b = i * S::kCluster + static_cast<int>(blockIdx.x % S::kCluster);
+      unsigned char* to = weights + ring.stage * S::kWeightStage + b * S::kBlock;
+      if constexpr (S::kCluster > 1) {
+        tma_load_all(to, right, barrier, column + 64 * b, reduced, S::kCluster);
+      } else {
+        tma_load(to, right, barrier, column + 64 * b, reduced);
+      }
     }
     at.advance();
     ring.advance();
   }
+  outlive_cluster<S>(empty, ring);
 }
 
 // acc += the product of 16 elements of the reduction, `left` bytes and `right` rows into a stage.
@@ -104,10 +123,7 @@ __device__ __forceinline__ void add_product(Sums& acc, const unsigned char* toke
 #endif
   const uint64_t x = shared_matrix(tokens + threadIdx.x / 128 * 64 * 128);
   const uint64_t w = shared_matrix_by_rows(weights, S::kBlock);
-#pragma unroll
-  for (int h = 0; h < S::kHalves; ++h) {
-    wgmma_m64n128k16<T, kByRows>(acc[h], moved(x, left), moved(w, 2 * h * S::kBlock + right * 128));
-  }
+  wgmma<T, kByRows>(acc, moved(x, left), moved(w, right * 128));
 }
 
 // The columns of left and the rows of right are, twice, the high parts of 16 ranks and the low
@@ -216,8 +232,9 @@ __device__ __forceinline__ void store_tile(const Sums& acc, const BackwardArgume
 // All steps of this CTA's tiles by one warpgroup's 64 tokens.
 template <typename T>
 __device__ __forceinline__ void consume(const BackwardArguments& p, Stages<S>& in) {
-  const int64_t count = p.schedule.count(blockIdx.x);
-  Cursor at(p.schedule, blockIdx.x);
+  const int64_t cluster = blockIdx.x / S::kCluster;
+  const int64_t count = p.schedule.count(cluster);
+  Cursor at(p.schedule, cluster);
   for (int64_t done = 0; done < count;) {
     const Place place(p, at.tile);
     const int64_t to_end = at.steps - at.step, to_leave = count - done;
@@ -236,7 +253,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& p, Stages<S>& i
     if (steps == to_end && at.step == 0) {
       store_tile<T>(acc, p, place);
     } else {
-      store_partial<S::Fragments>(acc, p.partial, partial_slot(blockIdx.x, at.step != 0),
+      store_partial<S::Fragments>(acc, partials_of(p), partial_slot(cluster, at.step != 0),
                                   place.column, p.k);
     }
     done += steps;
@@ -256,7 +273,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   auto* full = carve.take<Mbarrier>(2 * S::kStages);
   Mbarrier* empty = full + S::kStages;
   if (threadIdx.x == 0) init_ring<S>(full, empty);
-  __syncthreads();
+  sync_ring<S>();
 
   if (threadIdx.x < S::kConsumers) {
     take_registers<S::kConsumerRegisters>();
@@ -275,9 +292,9 @@ __global__ void __launch_bounds__(S::kConsumers)
     hopper_backward_sum_kernel(const __grid_constant__ BackwardArguments p) {
 #if defined(NF4_HOPPER_CODE)
   Sums acc = {};
-  const int64_t tile = blockIdx.x;
+  const int64_t tile = blockIdx.x / S::kCluster;
   const Place place(p, tile);
-  if (sum_partials<S::Fragments>(acc, p.schedule, p.partial, tile, place.column, p.k)) {
+  if (sum_partials<S::Fragments>(acc, p.schedule, partials_of(p), tile, place.column, p.k)) {
     store_tile<T>(acc, p, place);
   }
 #endif
@@ -308,11 +325,16 @@ struct BackwardWorkspace {
   size_t total() const { return weights + left + right + partial; }
 };
 
+int64_t token_tiles_of(const Matmul& p) {
+  constexpr int kTokens = S::kCluster * S::kTokens;
+  return (p.m + kTokens - 1) / kTokens;
+}
+
 Schedule backward_schedule(const Matmul& p) {
   const int64_t column_tiles = (p.weight.k + S::kColumns - 1) / S::kColumns;
-  const int64_t token_tiles = (p.m + S::kTokens - 1) / S::kTokens;
   const int64_t n_steps = (p.weight.n + kHopperStep - 1) / kHopperStep;
-  return make_long_schedule(column_tiles * token_tiles, n_steps + up_steps(p.up));
+  return make_long_schedule(column_tiles * token_tiles_of(p), n_steps + up_steps(p.up),
+                            S::kCluster);
 }
 
 BackwardWorkspace backward_workspace_of(const Matmul& p) {
@@ -321,7 +343,7 @@ BackwardWorkspace backward_workspace_of(const Matmul& p) {
   const int64_t ranks = up_steps(p.up) == 0 ? 0 : padded_ranks(p.up);
   return {rounded(p.weight.n * p.weight.k * 2), rounded(p.m * ranks * 4),
           rounded(p.weight.k * ranks * 4),
-          s.whole_tiles ? 0 : 2 * s.ctas * sizeof(float) * S::Fragments::kPartial};
+          s.whole_tiles ? 0 : 2 * s.ctas * S::kCluster * sizeof(float) * S::Fragments::kPartial};
 }
 
 }  // namespace
@@ -365,7 +387,7 @@ int hopper_backward(const Matmul& p, void* workspace, cudaStream_t stream) {
   a.m = p.m, a.k = w.k;
   a.schedule = backward_schedule(p);
   a.column_tiles = (w.k + S::kColumns - 1) / S::kColumns;
-  a.token_tiles = (p.m + S::kTokens - 1) / S::kTokens;
+  a.token_tiles = token_tiles_of(p);
   a.up_steps = up_steps(p.up);
 
   status = nf4_cuda_dequantize(&w, w.n * w.k, weights, p.dtype, stream);
@@ -379,11 +401,12 @@ int hopper_backward(const Matmul& p, void* workspace, cudaStream_t stream) {
                  reinterpret_cast<uint32_t*>(right), p.m, w.k, padded);
       if (split != 0) return split;
     }
-    const int done = launch(hopper_backward_kernel<T>, dim3(a.schedule.ctas), dim3(S::kThreads),
-                            S::kShared, stream, a);
+    const int done = launch_clusters(hopper_backward_kernel<T>, dim3(a.schedule.ctas * S::kCluster),
+                                     dim3(S::kThreads), S::kCluster, S::kShared, stream, a);
     if (done != 0 || a.schedule.whole_tiles) return done;
-    return launch(hopper_backward_sum_kernel<T>, dim3(static_cast<unsigned>(a.schedule.tiles)),
-                  dim3(S::kConsumers), 0, stream, a);
+    return launch(hopper_backward_sum_kernel<T>,
+                  dim3(static_cast<unsigned>(a.schedule.tiles * S::kCluster)), dim3(S::kConsumers),
+                  0, stream, a);
   };
   if (status != 0) return status;
   return p.dtype == NF4_FLOAT16 ? run(__half()) : run(__nv_bfloat16());

@@ -90,21 +90,60 @@ __device__ __forceinline__ void pin(uint32_t (&a)[kCount][4]) {
   for (int c = 0; c < kCount; ++c) wgmma_pin(a[c]);
 }
 
-// The A fragments of 16 ranks of b, as high and low parts.
-template <typename T>
-__device__ __forceinline__ void up_fragments(uint32_t (&high)[4], uint32_t (&low)[4],
-                                             const HopperArguments& p, int64_t feature, int first) {
-  const auto right = [&](int64_t row, int rank) {
-    if (row >= p.n || rank >= p.r) return 0.0f;
-    return element_of(p.right, p.right_dtype, row * p.r + rank);
-  };
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int64_t row = feature + i % 2;
-    const int rank = first + threadIdx.x % 4 * 2 + i / 2 * 8;
-    split2<T>(right(row, rank), right(row, rank + 1), high[i], low[i]);
+// b [n, r] of a thread's two rows and 32 ranks, as it lies in memory: loaded long before its use,
+// and until then nothing waits for it.
+class UpRows {
+ public:
+  __device__ __forceinline__ void load(const HopperArguments& p, int64_t feature, int first) {
+    if (p.right_dtype == NF4_FLOAT32) {
+      load_bits<uint32_t>(p, feature, first);
+    } else {
+      load_bits<uint16_t>(p, feature, first);
+    }
   }
-}
+
+  // The A fragments of 16 ranks, as high and low parts.
+  template <typename T>
+  __device__ __forceinline__ void fragments(const HopperArguments& p, int c, uint32_t (&high)[4],
+                                            uint32_t (&low)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float first = value(p.right_dtype, bits_[c][i][0]);
+      const float second = value(p.right_dtype, bits_[c][i][1]);
+      split2<T>(first, second, high[i], low[i]);
+    }
+  }
+
+ private:
+  template <typename Bits>
+  __device__ __forceinline__ void load_bits(const HopperArguments& p, int64_t feature, int first) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int64_t row = feature + i % 2;
+          const int rank = first + c * 16 + threadIdx.x % 4 * 2 + i / 2 * 8 + e;
+          const bool inside = row < p.n && rank < p.r;
+          bits_[c][i][e] = inside ? static_cast<const Bits*>(p.right)[row * p.r + rank] : 0;
+        }
+      }
+    }
+  }
+  static __device__ __forceinline__ float value(int dtype, uint32_t bits) {
+    if (dtype == NF4_FLOAT32) return __uint_as_float(bits);
+    float first, second;
+    if (dtype == NF4_FLOAT16) {
+      unpack2<__half>(bits, first, second);
+    } else {
+      unpack2<__nv_bfloat16>(bits, first, second);
+    }
+    return first;
+  }
+
+  uint32_t bits_[2][4][2];
+};
 
 }  // namespace nf4::cuda
 

@@ -13,13 +13,21 @@ namespace nf4::cuda {
 struct Place {
   int64_t feature, token;  // acc[h][j][2 * half + e] is (feature + half, token + 128 h + 8 j + e)
 
-  __device__ Place(const HopperArguments& p, int64_t tile, int tile_tokens) {
+  __device__ Place(const HopperArguments& p, int64_t tile, int tile_tokens, int cluster) {
     const TilePosition at = tile_position(tile, p.row_tiles, p.token_tiles);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    feature = at.row_tile * kHopperRows + warp * 16 + lane / 4 * 2;
+    const int64_t row_tile = at.row_tile * cluster + blockIdx.x % cluster;
+    feature = row_tile * kHopperRows + warp * 16 + lane / 4 * 2;
     token = at.token_tile * tile_tokens + lane % 4 * 2;
   }
 };
+
+// Partial results of this CTA's place in a cluster, as many for each.
+template <typename S>
+__device__ __forceinline__ float* partials_of(const HopperArguments& p) {
+  const int64_t slots = 2 * static_cast<int64_t>(p.schedule.ctas);
+  return p.partial + blockIdx.x % S::kCluster * slots * S::Fragments::kPartial;
+}
 
 // One thread loads every step of this CTA's tiles, as soon as the consumers have left a stage.
 template <typename S>
@@ -27,17 +35,19 @@ __device__ __forceinline__ void produce(const HopperArguments& p, const DownWork
                                         unsigned char* tokens, unsigned char* weights,
                                         Mbarrier* full, Mbarrier* empty) {
   bool has_left = work.tasks == 0;
-  const int64_t count = p.schedule.count(blockIdx.x);
-  Cursor at(p.schedule, blockIdx.x);
+  const int64_t cluster = blockIdx.x / S::kCluster;
+  const int64_t count = p.schedule.count(cluster);
+  Cursor at(p.schedule, cluster);
   Ring<S::kStages> ring;
   for (int64_t i = 0; i < count; ++i) {
     const TilePosition tile = tile_position(at.tile, p.row_tiles, p.token_tiles);
-    const auto row = static_cast<int>(tile.row_tile * kHopperRows);
+    const int64_t row_tile = tile.row_tile * S::kCluster + blockIdx.x % S::kCluster;
+    const auto row = static_cast<int>(row_tile * kHopperRows);
     const auto token = static_cast<int>(tile.token_tile * S::kTokens);
     Mbarrier* barrier = full + ring.stage;
     unsigned char* tokens_to = tokens + ring.stage * S::kTokenStage;
     unsigned char* weights_to = weights + ring.stage * S::kWeightStage;
-    mbarrier_wait(empty + ring.stage, ring.parity ^ 1);
+    wait_empty<S>(empty, ring);
     if (at.step < p.k_steps) {
       mbarrier_arrive_expect(barrier, S::kTokenStage + S::kWeightStage);
       const int k = at.step * kHopperStep;
@@ -46,7 +56,7 @@ __device__ __forceinline__ void produce(const HopperArguments& p, const DownWork
       } else {
         tma_load(weights_to, p.weight_map, barrier, k / 2, row);
       }
-      tma_load(tokens_to, p.token_map, barrier, k, token);
+      load_shared<S>(tokens_to, p.token_map, barrier, k, token, S::kTokens);
     } else {
       if (!has_left) {
         wait_for(work.counters + 1, work.tasks);
@@ -54,11 +64,13 @@ __device__ __forceinline__ void produce(const HopperArguments& p, const DownWork
         has_left = true;
       }
       mbarrier_arrive_expect(barrier, S::kTokenStage);
-      tma_load(tokens_to, p.left_map, barrier, (at.step - p.k_steps) * kHopperStep, token);
+      load_shared<S>(tokens_to, p.left_map, barrier, (at.step - p.k_steps) * kHopperStep, token,
+                     S::kTokens);
     }
     at.advance();
     ring.advance();
   }
+  outlive_cluster<S>(empty, ring);
 }
 
 // LoRA's down-projection before the tiles: s, and of the own weight also its two parts.
@@ -151,10 +163,7 @@ __device__ __forceinline__ void multiply_fused(float (&acc)[S::kHalves][16][4],
       wgmma_fence();
 #pragma unroll
       for (int c = 0; c < 4; ++c) {  // 16 elements of K
-#pragma unroll
-        for (int h = 0; h < S::kHalves; ++h) {
-          wgmma_m64n128k16<T>(acc[h], a[u][c], moved(x, h * 128 * 128 + c * 32));
-        }
+        wgmma<T>(acc, a[u][c], moved(x, c * 32));
       }
       wgmma_commit();
       in.ring.advance();
@@ -183,26 +192,22 @@ __device__ __forceinline__ void multiply_dense(float (&acc)[S::kHalves][16][4], 
     const uint64_t x = shared_matrix(tokens);
     const uint64_t w = shared_matrix(weights + group * 64 * 128);
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-#pragma unroll
-      for (int h = 0; h < S::kHalves; ++h) {
-        wgmma_m64n128k16<T>(acc[h], moved(w, c * 32), moved(x, h * 128 * 128 + c * 32));
-      }
-    }
+    for (int c = 0; c < 4; ++c) wgmma<T>(acc, moved(w, c * 32), moved(x, c * 32));
   });
 }
 
-// `steps` steps of 32 ranks from `rank` on. The columns of a stage are, twice, the high parts of 16
-// ranks of s and their low parts.
+// `steps` steps of 32 ranks from `rank` on, the first of which the dense way has in `rows`. The
+// columns of a stage are, twice, the high parts of 16 ranks of s and their low parts.
 template <typename T, typename S>
 __device__ __forceinline__ void multiply_up(float (&acc)[S::kHalves][16][4],
-                                            const HopperArguments& p, Stages<S>& in,
+                                            const HopperArguments& p, Stages<S>& in, UpRows& rows,
                                             int64_t feature, int rank, int steps) {
 #pragma unroll 1
-  for (int i = 0; i < steps; ++i, rank += 32) {
+  for (int i = 0; i < steps; ++i) {
     uint32_t high[2][4], low[2][4];
+    if constexpr (!S::kDense) rows.load(p, feature, rank);  // no registers are left for it before
 #pragma unroll
-    for (int c = 0; c < 2; ++c) up_fragments<T>(high[c], low[c], p, feature, rank + c * 16);
+    for (int c = 0; c < 2; ++c) rows.fragments<T>(p, c, high[c], low[c]);
     const uint64_t x = shared_matrix(in.tokens_at(in.ring.stage));
     in.wait(in.ring);
     pin(high);
@@ -210,13 +215,10 @@ __device__ __forceinline__ void multiply_up(float (&acc)[S::kHalves][16][4],
     wgmma_fence();
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-#pragma unroll
-      for (int h = 0; h < S::kHalves; ++h) {
-        const uint64_t s = moved(x, h * 128 * 128 + c * 64);
-        wgmma_m64n128k16<T>(acc[h], high[c], s);
-        wgmma_m64n128k16<T>(acc[h], high[c], moved(s, 32));
-        wgmma_m64n128k16<T>(acc[h], low[c], s);
-      }
+      const uint64_t s = moved(x, c * 64);
+      wgmma<T>(acc, high[c], s);
+      wgmma<T>(acc, high[c], moved(s, 32));
+      wgmma<T>(acc, low[c], s);
     }
     wgmma_commit();
     wgmma_wait<0>();
@@ -224,6 +226,8 @@ __device__ __forceinline__ void multiply_up(float (&acc)[S::kHalves][16][4],
     pin(low);
     in.release(in.ring.stage);
     in.ring.advance();
+    rank += 32;
+    if (S::kDense && i + 1 < steps) rows.load(p, feature, rank);
   }
 }
 
@@ -231,31 +235,34 @@ __device__ __forceinline__ void multiply_up(float (&acc)[S::kHalves][16][4],
 template <typename T, typename S>
 __device__ __forceinline__ void consume(const HopperArguments& p, const Tables& tables,
                                         Stages<S>& in) {
-  const int64_t count = p.schedule.count(blockIdx.x);
-  Cursor at(p.schedule, blockIdx.x);
+  const int64_t cluster = blockIdx.x / S::kCluster;
+  const int64_t count = p.schedule.count(cluster);
+  Cursor at(p.schedule, cluster);
   for (int64_t done = 0; done < count;) {
-    const Place place(p, at.tile, S::kTokens);
+    const Place place(p, at.tile, S::kTokens, S::kCluster);
     const int64_t to_end = at.steps - at.step, to_leave = count - done;
     const int steps = static_cast<int>(to_end < to_leave ? to_end : to_leave);
     const int left = p.k_steps - at.step;
     const int k_steps = left < 0 ? 0 : (left < steps ? left : steps);
+    const int up_steps = steps - k_steps, rank = (at.step + k_steps - p.k_steps) * 32;
+    UpRows rows;
     float acc[S::kHalves][16][4] = {};
     if constexpr (S::kDense) {
+      if (up_steps > 0) rows.load(p, place.feature, rank);
       multiply_dense<T, S>(acc, in, k_steps);
     } else {
       RowScales<S::kNested> scales(p, place.feature, at.step);
       multiply_fused<T, S>(acc, p, in, tables, scales, k_steps);
     }
-    const int rank = (at.step + k_steps - p.k_steps) * 32;
-    multiply_up<T, S>(acc, p, in, place.feature, rank, steps - k_steps);
+    multiply_up<T, S>(acc, p, in, rows, place.feature, rank, up_steps);
 #pragma unroll
     for (int h = 0; h < S::kHalves; ++h) wgmma_results(acc[h]);
 
     if (steps == to_end && at.step == 0) {
       store_tile<T>(acc, p, place);
     } else {
-      store_partial<typename S::Fragments>(acc, p.partial, partial_slot(blockIdx.x, at.step != 0),
-                                           place.token, p.m);
+      store_partial<typename S::Fragments>(acc, partials_of<S>(p),
+                                           partial_slot(cluster, at.step != 0), place.token, p.m);
     }
     done += steps;
     at.leave();

@@ -12,8 +12,11 @@ namespace nf4::cuda {
 constexpr int kHopperRows = 128;  // of a CTA, 64 for each of its two warpgroups
 constexpr int kHopperStep = 64;   // elements of K: 128 bytes, the width of a swizzled box
 
-template <int kHalves_, bool kDense_, int kStages_, bool kNested_>
+// kCluster CTAs work together on the same tokens and steps of K, each on row tiles of its own: x is
+// read once for all of them.
+template <int kHalves_, bool kDense_, int kStages_, bool kNested_, int kCluster_>
 struct HopperTile : HopperRoles {
+  static constexpr int kCluster = kCluster_;
   static constexpr int kHalves = kHalves_;  // of 128 tokens
   static constexpr bool kDense = kDense_;
   static constexpr bool kNested = kNested_;  // the fused way: nested scales
@@ -21,9 +24,10 @@ struct HopperTile : HopperRoles {
   static constexpr int kTokens = 128 * kHalves;
   static constexpr int kTokenStage = kTokens * 2 * kHopperStep;
   static constexpr int kWeightStage = kHopperRows * kHopperStep * (kDense ? 4 : 1) / 2;
-  // Of the dense way only LoRA's down-projection uses these, before the tiles: it may then work on
-  // 64 tokens at a time, for which it reads the adapter least often.
-  static constexpr int kDownTiles = kDense ? 8 : 2;
+  // Tokens / 8 of a task of LoRA's down-projection, which comes before the tiles. It reads the whole
+  // adapter, so large tasks read it less often; but they leave CTAs without any: at M = 2048 and
+  // rank 16 there are 64 of 32 tokens. Only it uses the dense way's table.
+  static constexpr int kDownTiles = kDense ? 4 : 2;
   static constexpr int kTable = kDense ? kDownScratch<kDownTiles> * 4 : 256 * 16 * 8;
   static constexpr int kMap = kDense ? 16 : 256 * 4;
   static_assert(kDownScratch<kDownTiles> * 4 <= kTable);
@@ -48,9 +52,9 @@ struct HopperArguments {
   int padded;         // their ranks
   float left_scaling;
   int64_t m, n, k;
-  Schedule schedule;
-  int64_t row_tiles, token_tiles;
-  int k_steps;  // the rest of a tile's steps are ranks
+  Schedule schedule;               // of clusters
+  int64_t row_tiles, token_tiles;  // of a cluster: kCluster row tiles
+  int k_steps;                     // the rest of a tile's steps are ranks
   int r, right_dtype, log2_block, format;
 };
 
@@ -90,13 +94,13 @@ auto with_hopper_tile(const Matmul& p, const Body& body) {
   const auto by_tile = [&](auto element) {
     const bool is_nested = p.weight.nested_absmax != nullptr;
     if (wants_halves(p.m)) {
-      if (goes_dense(p)) return body(element, HopperTile<1, true, 6, false>());
-      return is_nested ? body(element, HopperTile<1, false, 8, true>())
-                       : body(element, HopperTile<1, false, 8, false>());
+      if (goes_dense(p)) return body(element, HopperTile<1, true, 6, false, 2>());
+      return is_nested ? body(element, HopperTile<1, false, 8, true, 2>())
+                       : body(element, HopperTile<1, false, 8, false, 2>());
     }
-    if (goes_dense(p)) return body(element, HopperTile<2, true, 4, false>());
-    return is_nested ? body(element, HopperTile<2, false, 5, true>())
-                     : body(element, HopperTile<2, false, 5, false>());
+    if (goes_dense(p)) return body(element, HopperTile<2, true, 4, false, 2>());
+    return is_nested ? body(element, HopperTile<2, false, 5, true, 2>())
+                     : body(element, HopperTile<2, false, 5, false, 2>());
   };
   return p.dtype == NF4_FLOAT16 ? by_tile(__half()) : by_tile(__nv_bfloat16());
 }

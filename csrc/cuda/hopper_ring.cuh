@@ -29,14 +29,57 @@ struct Ring {
   }
 };
 
-// One thread: `full` ends a phase when a stage has landed, `empty` when all consumers have left it.
+// One thread: `full` ends a phase when a stage has landed, `empty` when all consumers have left it:
+// those of every CTA of the cluster, since what this CTA loads next may go to all of them.
 template <typename S>
 __device__ __forceinline__ void init_ring(Mbarrier* full, Mbarrier* empty) {
   for (int i = 0; i < S::kStages; ++i) {
     mbarrier_init(full + i, 1);
-    mbarrier_init(empty + i, S::kConsumers / 32);
+    mbarrier_init(empty + i, S::kCluster * (S::kConsumers / 32));
   }
   mbarrier_init_done();
+}
+
+// All threads: barriers are ready before other CTAs of the cluster copy or arrive there.
+template <typename S>
+__device__ __forceinline__ void sync_ring() {
+  if constexpr (S::kCluster > 1) {
+    cluster_sync();
+  } else {
+    __syncthreads();
+  }
+}
+
+// The producer: waits until a stage is free.
+template <typename S>
+__device__ __forceinline__ void wait_empty(Mbarrier* empty, const Ring<S::kStages>& at) {
+  mbarrier_wait(empty + at.stage, at.parity ^ 1);
+}
+
+// The producer, at the end: a CTA's shared memory has to outlive what others do there. Copies from
+// them are consumed here; after their last arrivals every stage is free.
+template <typename S>
+__device__ __forceinline__ void outlive_cluster(Mbarrier* empty, Ring<S::kStages> at) {
+  if constexpr (S::kCluster > 1) {
+    for (int i = 0; i < S::kStages; ++i) {
+      wait_empty<S>(empty, at);
+      at.advance();
+    }
+  }
+}
+
+// The producer: loads its CTA's share of a box of `rows` rows that the whole cluster needs, and
+// sends it to all. The map's box has rows / kCluster rows.
+template <typename S>
+__device__ __forceinline__ void load_shared(unsigned char* to, const TensorMap& map,
+                                            Mbarrier* barrier, int c0, int c1, int rows) {
+  if constexpr (S::kCluster > 1) {
+    const int share = rows / S::kCluster;
+    const int first = static_cast<int>(blockIdx.x % S::kCluster) * share;
+    tma_load_all(to + first * 128, map, barrier, c0, c1 + first, S::kCluster);
+  } else {
+    tma_load(to, map, barrier, c0, c1);
+  }
 }
 
 // What a consumer thread works on: a ring of stages in shared memory.
@@ -55,7 +98,12 @@ struct Stages {
   }
   __device__ __forceinline__ void release(int stage) const {
     __syncwarp();  // all lanes have read
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + stage);
+    const int lane = threadIdx.x % 32;
+    if constexpr (S::kCluster > 1) {
+      if (lane < S::kCluster) mbarrier_arrive_at(empty + stage, lane);
+    } else {
+      if (lane == 0) mbarrier_arrive(empty + stage);
+    }
   }
   __device__ __forceinline__ const unsigned char* tokens_at(int stage) const {
     return tokens + stage * S::kTokenStage;

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     }
     for (int i = threadIdx.x; i < S::kMap / 4; i += S::kThreads) map[i] = kCodes8[0][i];
   }
-  __syncthreads();
+  sync_ring<S>();
 
   if (threadIdx.x < S::kConsumers) {
     take_registers<S::kConsumerRegisters>();
@@ -61,9 +61,10 @@ __global__ void __launch_bounds__(S::kConsumers)
     hopper_sum_kernel(const __grid_constant__ HopperArguments p) {
 #if defined(NF4_HOPPER_CODE)
   float acc[S::kHalves][16][4] = {};
-  const int64_t tile = blockIdx.x;
-  const Place place(p, tile, S::kTokens);
-  if (sum_partials<typename S::Fragments>(acc, p.schedule, p.partial, tile, place.token, p.m)) {
+  const int64_t tile = blockIdx.x / S::kCluster;
+  const Place place(p, tile, S::kTokens, S::kCluster);
+  if (sum_partials<typename S::Fragments>(acc, p.schedule, partials_of<S>(p), tile, place.token,
+                                          p.m)) {
     store_tile<T>(acc, p, place);
   }
 #endif
@@ -85,11 +86,17 @@ struct Workspace {
 };
 
 template <typename S>
+int64_t row_tiles_of(const Matmul& p) {
+  constexpr int kRows = S::kCluster * kHopperRows;
+  return (p.weight.n + kRows - 1) / kRows;
+}
+
+template <typename S>
 Schedule hopper_schedule(const Matmul& p) {
-  const int64_t row_tiles = (p.weight.n + kHopperRows - 1) / kHopperRows;
   const int64_t token_tiles = (p.m + S::kTokens - 1) / S::kTokens;
   const int64_t k_steps = (p.weight.k + kHopperStep - 1) / kHopperStep;
-  return make_long_schedule(row_tiles * token_tiles, k_steps + up_steps(p.up));
+  return make_long_schedule(row_tiles_of<S>(p) * token_tiles, k_steps + up_steps(p.up),
+                            S::kCluster);
 }
 
 template <typename S>
@@ -99,14 +106,14 @@ Workspace workspace_of(const Matmul& p) {
   const int64_t rows = (p.weight.n + 15) / 16 * 16;
   return {kCounterBytes, S::kDense ? rounded(rows * p.weight.k * 2) : 0,
           up_steps(p.up) == 0 ? 0 : rounded(p.m * padded_ranks(p.up) * 4),
-          s.whole_tiles ? 0 : 2 * s.ctas * sizeof(float) * S::Fragments::kPartial};
+          s.whole_tiles ? 0 : 2 * s.ctas * S::kCluster * sizeof(float) * S::Fragments::kPartial};
 }
 
 // The tensor maps of a problem; a CUDA status.
 template <typename S>
 int encode_maps(const Matmul& p, const void* dense, const void* left, HopperArguments* a) {
   const auto n = static_cast<uint64_t>(p.weight.n), k = static_cast<uint64_t>(p.weight.k);
-  int status = encode_matrix(p.in, p.m, p.weight.k, S::kTokens, &a->token_map);
+  int status = encode_matrix(p.in, p.m, p.weight.k, S::kTokens / S::kCluster, &a->token_map);
   if (status != 0) return status;
   if (S::kDense) {
     // Of each 16 rows first the even, then the odd ones: the permutation of `Place`.
@@ -124,7 +131,49 @@ int encode_maps(const Matmul& p, const void* dense, const void* left, HopperArgu
         &a->weight_map);
   }
   if (status != 0 || left == nullptr) return status;
-  return encode_matrix(left, p.m, 2 * padded_ranks(p.up), S::kTokens, &a->left_map);
+  return encode_matrix(left, p.m, 2 * padded_ranks(p.up), S::kTokens / S::kCluster, &a->left_map);
+}
+
+template <typename T, typename S>
+int forward(const Matmul& p, void* workspace, cudaStream_t stream) {
+  const nf4_weight& w = p.weight;
+  const Workspace parts = workspace_of<S>(p);
+  auto* base = static_cast<unsigned char*>(workspace) + parts.counters;
+  void* left = parts.left == 0 ? nullptr : base + parts.weights;
+  const DownWork work = down_work(p, S::kDownTiles, workspace);
+  HopperArguments a = {};
+  int status = encode_maps<S>(p, base, left, &a);
+  if (status != 0) return status;
+  a.scales = scales_of(w);
+  a.bias = p.bias;
+  a.y = p.out;
+  a.partial = reinterpret_cast<float*>(base + parts.weights + parts.left);
+  a.right = p.up.right;
+  a.m = p.m, a.n = w.n, a.k = w.k;
+  a.schedule = hopper_schedule<S>(p);
+  a.row_tiles = row_tiles_of<S>(p);
+  a.token_tiles = (p.m + S::kTokens - 1) / S::kTokens;
+  a.k_steps = static_cast<int>((w.k + kHopperStep - 1) / kHopperStep);
+  a.r = p.up.r, a.right_dtype = p.up.right_dtype;
+  a.log2_block = log2_of(w.block_size), a.format = w.format;
+  a.left = static_cast<uint16_t*>(left);
+  a.padded = padded_ranks(p.up);
+  a.left_scaling = p.up.scaling;
+
+  if (S::kDense) status = nf4_cuda_dequantize(&w, w.n * w.k, base, p.dtype, stream);
+  if (status == 0) status = clear_counters(work, stream);
+  if (status == 0 && left != nullptr && work.tasks == 0) {
+    const auto blocks = static_cast<unsigned>((p.m * a.padded / 2 + 255) / 256);
+    status = launch(hopper_split_kernel<T>, dim3(blocks), dim3(256), 0, stream, p.up,
+                    static_cast<uint32_t*>(left), p.m, a.padded);
+  }
+  if (status != 0) return status;
+  status = launch_clusters(hopper_tile_kernel<T, S>, dim3(a.schedule.ctas * S::kCluster),
+                           dim3(S::kThreads), S::kCluster, S::kShared, stream, a, work);
+  if (status != 0 || a.schedule.whole_tiles) return status;
+  return launch(hopper_sum_kernel<T, S>,
+                dim3(static_cast<unsigned>(a.schedule.tiles * S::kCluster)), dim3(S::kConsumers), 0,
+                stream, a);
 }
 
 }  // namespace
@@ -151,45 +200,7 @@ size_t hopper_forward_workspace(const Matmul& p) {
 
 int hopper_forward(const Matmul& p, void* workspace, cudaStream_t stream) {
   return with_hopper_tile(p, [&](auto element, auto tile) -> int {
-    using T = decltype(element);
-    using S = decltype(tile);
-    const nf4_weight& w = p.weight;
-    const Workspace parts = workspace_of<S>(p);
-    auto* base = static_cast<unsigned char*>(workspace) + parts.counters;
-    void* left = parts.left == 0 ? nullptr : base + parts.weights;
-    const DownWork work = down_work(p, S::kDownTiles, workspace);
-    HopperArguments a = {};
-    int status = encode_maps<S>(p, base, left, &a);
-    if (status != 0) return status;
-    a.scales = scales_of(w);
-    a.bias = p.bias;
-    a.y = p.out;
-    a.partial = reinterpret_cast<float*>(base + parts.weights + parts.left);
-    a.right = p.up.right;
-    a.m = p.m, a.n = w.n, a.k = w.k;
-    a.schedule = hopper_schedule<S>(p);
-    a.row_tiles = (w.n + kHopperRows - 1) / kHopperRows;
-    a.token_tiles = (p.m + S::kTokens - 1) / S::kTokens;
-    a.k_steps = static_cast<int>((w.k + kHopperStep - 1) / kHopperStep);
-    a.r = p.up.r, a.right_dtype = p.up.right_dtype;
-    a.log2_block = log2_of(w.block_size), a.format = w.format;
-    a.left = static_cast<uint16_t*>(left);
-    a.padded = padded_ranks(p.up);
-    a.left_scaling = p.up.scaling;
-
-    if (S::kDense) status = nf4_cuda_dequantize(&w, w.n * w.k, base, p.dtype, stream);
-    if (status == 0) status = clear_counters(work, stream);
-    if (status == 0 && left != nullptr && work.tasks == 0) {
-      const auto blocks = static_cast<unsigned>((p.m * a.padded / 2 + 255) / 256);
-      status = launch(hopper_split_kernel<T>, dim3(blocks), dim3(256), 0, stream, p.up,
-                      static_cast<uint32_t*>(left), p.m, a.padded);
-    }
-    if (status != 0) return status;
-    status = launch(hopper_tile_kernel<T, S>, dim3(a.schedule.ctas), dim3(S::kThreads), S::kShared,
-                    stream, a, work);
-    if (status != 0 || a.schedule.whole_tiles) return status;
-    return launch(hopper_sum_kernel<T, S>, dim3(static_cast<unsigned>(a.schedule.tiles)),
-                  dim3(S::kConsumers), 0, stream, a);
+    return forward<decltype(element), decltype(tile)>(p, workspace, stream);
   });
 }
 

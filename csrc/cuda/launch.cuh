@@ -8,21 +8,22 @@
 
 namespace nf4::cuda {
 
-// Launches `kernel` on `stream` and returns the CUDA status (0 is success). Asks for the kernel's
-// dynamic shared memory where it is above the default 48 KiB. Capturable: no synchronization.
+// Launches `kernel` on `stream`, `cluster` CTAs next to each other as a cluster, and returns the
+// CUDA status (0 is success). Asks for the kernel's dynamic shared memory where it is above the
+// default 48 KiB. Capturable: no synchronization.
 template <typename... Parameters, typename... Arguments>
-int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-           cudaStream_t stream, Arguments... arguments) {
+int launch_clusters(void (*kernel)(Parameters...), dim3 grid, dim3 block, int cluster,
+                    size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return 0;
   std::tuple<Parameters...> converted(static_cast<Parameters>(arguments)...);
 #if defined(NF4_EMULATE)
   static_cast<void>(stream);
-  return emulation::run(grid, block, shared_bytes, [&] { std::apply(kernel, converted); });
+  return emulation::run(grid, block, cluster, shared_bytes, [&] { std::apply(kernel, converted); });
 #else
+  const void* function = reinterpret_cast<const void*>(kernel);
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                    static_cast<int>(shared_bytes));
+    const cudaError_t status = cudaFuncSetAttribute(
+        function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (status != cudaSuccess) return status;
   }
   void* pointers[sizeof...(Parameters)];
@@ -32,9 +33,29 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_b
         ((pointers[i++] = const_cast<void*>(static_cast<const void*>(&value))), ...);
       },
       converted);
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers,
-                          shared_bytes, stream);
+  if (cluster == 1) {
+    return cudaLaunchKernel(function, grid, block, pointers, shared_bytes, stream);
+  }
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelExC(&config, function, pointers);
 #endif
+}
+
+// The same without clusters.
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+           cudaStream_t stream, Arguments... arguments) {
+  return launch_clusters(kernel, grid, block, 1, shared_bytes, stream, arguments...);
 }
 
 // Zeroes device memory in stream order.

@@ -46,9 +46,10 @@ inline Schedule make_schedule(int64_t tiles, int64_t steps, int ctas_per_sm) {
 // about as much as 28 steps: it writes and later reads up to two results of half a step's bytes
 // each (256 KiB at 24 bytes a clock and SM from L2, so 22 000 clocks for steps of 1024), and
 // another kernel starts. Whole tiles, unless their last wave leaves SMs idle for longer.
-inline Schedule make_long_schedule(int64_t tiles, int64_t steps) {
+// Clusters of CTAs take the place of CTAs: then `tiles` and the schedule count what a cluster does.
+inline Schedule make_long_schedule(int64_t tiles, int64_t steps, int cluster) {
   constexpr int64_t kPartialSteps = 28;
-  const int64_t full = device().multiprocessors;
+  const int64_t full = std::max(device().multiprocessors / cluster, 1);
   const int64_t idle = ((tiles + full - 1) / full * full - tiles) * steps / full;
   const bool whole = idle <= kPartialSteps;
   const auto ctas = static_cast<int>(std::min(full, whole ? tiles : tiles * steps));

@@ -1,9 +1,9 @@
 // The race build's checker: per-byte shadow of shared memory and of every registered buffer.
 //
-// Happens-before by vector clocks, joined at __syncthreads, __syncwarp and mbarriers (and by
-// nothing else: shuffles, mma and wgmma order no memory). Global memory is checked between blocks
-// of one launch, where only publish and wait_for order anything. Compiled without instrumentation;
-// kernels call the
+// Happens-before by vector clocks over a cluster's threads, joined at __syncthreads, __syncwarp,
+// mbarriers and cluster barriers (and by nothing else: shuffles, mma and wgmma order no memory).
+// Global memory is checked between blocks of one launch, where only publish and wait_for order
+// anything. Compiled without instrumentation; kernels call the
 // __tsan hooks below.
 #include <dlfcn.h>
 
@@ -59,37 +59,37 @@ const char* place(const void* pc) {
   return "?";
 }
 
-bool ordered(int other, uint32_t clock) { return checker_ordered(other, clock); }
+bool ordered(int slot, uint32_t clock) { return checker_ordered(slot, clock); }
 
 void check_shared(size_t offset, size_t bytes, bool write, const void* pc) {
   for (size_t i = offset; i < offset + bytes; ++i) {
     SharedByte& b = g_shared[i];
-    if (!b.allocated) {
+    if (!b.allocated || i / kArenaBytes != static_cast<size_t>(g_block->rank)) {
       return report("shared memory: out of bounds %s by thread %d at %s", write ? "write" : "read",
-                    g_thread->id, place(pc));
+                    g_thread->slot, place(pc));
     }
     if (b.pending) {
       return report(
           "shared memory: thread %d %s bytes that an asynchronous copy is still writing, at %s",
-          g_thread->id, write ? "writes" : "reads", place(pc));
+          g_thread->slot, write ? "writes" : "reads", place(pc));
     }
     if (!write && b.writer < 0) {
-      return report("shared memory: thread %d reads bytes that nobody wrote, at %s", g_thread->id,
+      return report("shared memory: thread %d reads bytes that nobody wrote, at %s", g_thread->slot,
                     place(pc));
     }
     if (b.writer >= 0 && !ordered(b.writer, b.write_clock)) {
       return report("shared memory: race: %s by thread %d after a write by thread %d, at %s",
-                    write ? "write" : "read", g_thread->id, b.writer, place(pc));
+                    write ? "write" : "read", g_thread->slot, b.writer, place(pc));
     }
     if (write) {
       for (int r = 0; r < 2; ++r) {
         if (b.reader[r] >= 0 && !ordered(b.reader[r], b.read_clock[r])) {
           return report("shared memory: race: write by thread %d after a read by thread %d, at %s",
-                        g_thread->id, b.reader[r], place(pc));
+                        g_thread->slot, b.reader[r], place(pc));
         }
         b.reader[r] = -1;
       }
-      b.writer = static_cast<int16_t>(g_thread->id);
+      b.writer = static_cast<int16_t>(g_thread->slot);
       b.write_clock = g_thread->clock;
       continue;
     }
@@ -99,7 +99,7 @@ void check_shared(size_t offset, size_t bytes, bool write, const void* pc) {
     for (int r = 1; r >= 0; --r) {
       if (b.reader[r] < 0 || ordered(b.reader[r], b.read_clock[r])) slot = r;
     }
-    b.reader[slot] = static_cast<int16_t>(g_thread->id);
+    b.reader[slot] = static_cast<int16_t>(g_thread->slot);
     b.read_clock[slot] = g_thread->clock;
   }
 }
@@ -145,20 +145,21 @@ bool in_a_library(uintptr_t address) {
 
 void checker_begin_launch() {
   g_published.clear();
-  if (g_checking && g_shared.empty()) g_shared.resize(kArenaBytes);
+  if (g_checking && g_shared.empty()) g_shared.resize(kMaxCluster * kArenaBytes);
 }
 
 void checker_publish() { g_published[g_block->serial] = ++g_block->published; }
 void checker_acquire() { g_block->seen = g_published; }
 
-void checker_begin_block() {
+void checker_begin_cluster() {
   if (!g_checking) return;
   std::fill(g_shared.begin(), g_shared.begin() + g_shared_used, SharedByte{});
   g_shared_used = 0;
 }
 
-void checker_allocate(size_t offset, size_t bytes) {
+void checker_allocate(const void* shared, size_t bytes) {
   if (!g_checking) return;
+  const size_t offset = static_cast<const unsigned char*>(shared) - g_arenas;
   for (size_t i = offset; i < offset + bytes; ++i) {
     g_shared[i] = {};
     g_shared[i].writer = g_shared[i].reader[0] = g_shared[i].reader[1] = -1;
@@ -169,8 +170,10 @@ void checker_allocate(size_t offset, size_t bytes) {
 
 void checker_pending(const void* shared, int bytes, bool pending) {
   if (!g_checking) return;
-  const size_t offset = static_cast<const unsigned char*>(shared) - g_arena;
-  for (size_t i = offset; i < offset + bytes && i < kArenaBytes; ++i) g_shared[i].pending = pending;
+  const size_t offset = static_cast<const unsigned char*>(shared) - g_arenas;
+  for (size_t i = offset; i < offset + bytes && i < g_shared.size(); ++i) {
+    g_shared[i].pending = pending;
+  }
 }
 
 Knowledge checker_join(Thread* const* threads, int count) {
@@ -184,18 +187,18 @@ Knowledge checker_join(Thread* const* threads, int count) {
       (*joined)[j] = std::max((*joined)[j], (*last)[j]);
     }
   }
-  for (int i = 0; i < count; ++i) (*joined)[threads[i]->id] = threads[i]->clock;
+  for (int i = 0; i < count; ++i) (*joined)[threads[i]->slot] = threads[i]->clock;
   return joined;
 }
 
-bool checker_ordered(int other, uint32_t clock) {
-  return other == g_thread->id || (*g_thread->known)[other] >= clock;
+bool checker_ordered(int slot, uint32_t clock) {
+  return slot == g_thread->slot || (*g_thread->known)[slot] >= clock;
 }
 
 Knowledge checker_release(Thread* thread) {
   if (!g_checking) return thread->known;
   auto known = std::make_shared<std::vector<uint32_t>>(*thread->known);
-  (*known)[thread->id] = thread->clock++;
+  (*known)[thread->slot] = thread->clock++;
   return known;
 }
 
@@ -212,8 +215,8 @@ void checker_access(const void* pointer, size_t bytes, bool write, const void* p
   if (p >= g_thread->stack && p < g_thread->stack + kStackBytes) return;
   // The arguments of the launch live on the stack of the thread that launches.
   if (p >= g_launch_frame - (64 << 10) && p < g_launch_frame + (64 << 10)) return;
-  if (p >= g_arena && p < g_arena + kArenaBytes) {
-    return check_shared(p - g_arena, bytes, write, pc);
+  if (p >= g_arenas && p < g_arenas + kMaxCluster * kArenaBytes) {
+    return check_shared(p - g_arenas, bytes, write, pc);
   }
   const auto address = reinterpret_cast<uintptr_t>(p);
   auto it = g_buffers.upper_bound(address);

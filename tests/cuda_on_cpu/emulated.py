@@ -71,7 +71,7 @@ class Library:
         self._race = mode == "race"
         # "<multiprocessors>:<compute capability>" of the device that launchers see, and
         # ":no tensor maps" for a driver that encodes none.
-        device = os.environ.get("NF4_EMULATED_DEVICE", "3:90").split(":")
+        device = os.environ.get("NF4_EMULATED_DEVICE", "6:90").split(":")
         seed = int(os.environ.get("NF4_EMULATED_SEED", random.randrange(8)))
         print(f"CUDA emulation: {mode}, schedule seed {seed}, device {device}")
         self.configure(seed, int(device[0]), int(device[1]), len(device) == 2)

@@ -1,7 +1,8 @@
 // Runs the kernels of csrc/cuda on a CPU: what g++ sees in place of CUDA.
 //
-// Every CUDA thread of a block is a fiber; blocks run one after the other. A fiber runs until it
-// meets a collective (a barrier, a shuffle, an mma, ldmatrix); the last to arrive computes for all.
+// Every CUDA thread of a block is a fiber; blocks run one after the other, those of a cluster
+// together. A fiber runs until it meets a collective (a barrier, a shuffle, an mma, ldmatrix); the
+// last to arrive computes for all.
 // Two builds watch the kernels. "asan": the kernel files under AddressSanitizer and UBSan, with
 // red zones around every shared array. "race": the kernel files compiled with -fsanitize=thread,
 // whose hooks feed a happens-before checker of our own (checker.cpp); libtsan is not linked.
@@ -49,6 +50,7 @@ const Indices& current();
 using WarpFunction = void (*)(void* const (&payload)[32]);
 void warp_collective(WarpFunction function, void* payload, const char* file, int line);
 void block_barrier(const char* file, int line);
+void cluster_barrier(const char* file, int line);
 void warp_barrier(const char* file, int line);
 
 // Shared memory: the `index`-th array of the block, the same for every thread.
@@ -72,7 +74,9 @@ void clear(void* p, size_t bytes);
 
 void check_shared_read(const void* address, size_t bytes, const char* what);
 
-int run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+// `cluster` blocks, neighbours along x, form a cluster.
+int run(dim3 grid, dim3 block, int cluster, size_t shared_bytes,
+        const std::function<void()>& kernel);
 int multiprocessors();
 int compute_capability();
 
@@ -83,14 +87,19 @@ bool encode_tensor_map(void* map, const void* base, int element_bytes, int dims,
                        int swizzle_bytes);
 void tma_load(void* shared, const void* map, void* barrier, const int* at, int dims,
               const char* file, int line);
+// The same to the same place of each of the cluster's first `ctas` blocks.
+void tma_load_all(void* shared, const void* map, void* barrier, const int* at, int dims, int ctas,
+                  const char* file, int line);
 void mbarrier_init(void* barrier, int arrivals, const char* file, int line);
 void mbarrier_arrive(void* barrier, int expected_bytes, const char* file, int line);
+void mbarrier_arrive_at(void* barrier, int rank, const char* file, int line);
 void mbarrier_wait(void* barrier, uint32_t parity, const char* file, int line);
 
 struct Wgmma {
-  float* d;           // [16][4]
+  float* d;           // [halves][16][4]
   const uint32_t* a;  // [4]; null: a_matrix
   uint64_t a_matrix, b_matrix;
+  int halves;  // of 128 columns
   bool is_bf16;
   bool b_by_rows;
 };

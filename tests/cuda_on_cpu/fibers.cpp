@@ -114,7 +114,7 @@ void unpoison(void* address, size_t bytes) {
 }
 
 void prepare(Thread& thread) {
-  thread.stack = stack_of(thread.id);
+  thread.stack = stack_of(thread.slot);
   unpoison(thread.stack, kStackBytes);
   auto** top = reinterpret_cast<void**>(thread.stack + kStackBytes);
   *--top = nullptr;  // the return address that the ABI aligns the stack around

@@ -1,4 +1,5 @@
-// What the wrappers of csrc/cuda/hopper.cuh do on a CPU: mbarriers and copies by tensor map.
+// What the wrappers of csrc/cuda/hopper.cuh do on a CPU: mbarriers and copies by tensor map, also
+// those that reach the other blocks of a cluster.
 //
 // Copies land as late as can be: when no thread can run. From the start of a copy to its landing
 // the bytes are NaN and poisoned, so whoever reads them without waiting is seen. In the race build
@@ -61,8 +62,8 @@ Barrier* barrier_at(const void* address, const char* file, int line) {
     return nullptr;
   }
   Barrier& b = it->second;
-  if (g_checking && g_thread->id != async_state().engine.id &&
-      !checker_ordered(b.init_thread, b.init_clock)) {
+  if (g_checking && g_thread != &async_state().engine &&
+      !checker_ordered(b.init_slot, b.init_clock)) {
     report("%s:%d: thread %d uses an mbarrier without having waited for its initialization", file,
            line, g_thread->id);
   }
@@ -82,6 +83,26 @@ void end_phase_if_complete(const void* address, Barrier& b) {
   }
 }
 
+// Runs `body` in another block of the cluster, where `pointer` into shared memory means the same
+// place: `body(there)`.
+template <typename Body>
+void in_block(int rank, void* pointer, const Body& body) {
+  Block* self = g_block;
+  const uint32_t offset = shared_offset(pointer);
+  if (rank < 0 || rank >= static_cast<int>(g_cluster.size())) {
+    return report("thread %d reaches for block %d of a cluster of %zu", g_thread->id, rank,
+                  g_cluster.size());
+  }
+  enter_block(&g_cluster[rank]);
+  if (std::all_of(g_block->threads.begin(), g_block->threads.end(),
+                  [](const Thread& t) { return t.state == Thread::State::kDone; })) {
+    report("thread %d reaches for a block of the cluster that has ended", g_thread->id);
+  } else {
+    body(g_arena + offset);
+  }
+  enter_block(self);
+}
+
 // Runs `body` as the engine that copies, which knows what `known` says.
 template <typename Body>
 void as_engine(const Knowledge& known, const Body& body) {
@@ -97,7 +118,9 @@ void as_engine(const Knowledge& known, const Body& body) {
 AsyncState& async_state() {
   if (!g_block->async) {
     g_block->async = std::make_shared<AsyncState>();
-    g_block->async->engine.id = static_cast<int>(g_block->threads.size());
+    Thread& engine = g_block->async->engine;
+    engine.id = static_cast<int>(g_block->threads.size());
+    engine.slot = (g_block->rank + 1) * (engine.id + 1) - 1;
     g_block->async->warps.resize(g_block->threads.size() / 32);
     g_block->async->sequences.resize((g_block->threads.size() + 127) / 128);
   }
@@ -148,8 +171,11 @@ bool encode_tensor_map(void* map, const void* base, int element_bytes, int dims,
   return valid;
 }
 
-void tma_load(void* shared, const void* map, void* barrier, const int* at, int dims,
-              const char* file, int line) {
+namespace {
+
+// A copy to this block, which may be another than that of the thread that starts it.
+void start_copy(void* shared, const void* map, void* barrier, const int* at, int dims,
+                const char* file, int line) {
   PendingBox copy;
   std::memcpy(copy.map, map, sizeof copy.map);
   Map m;
@@ -176,23 +202,47 @@ void tma_load(void* shared, const void* map, void* barrier, const int* at, int d
     return;
   }
   copy.known = checker_release(g_thread);
-  as_engine(copy.known, [&] {
-    checker_access(copy.to, copy.bytes, true, __builtin_return_address(0));
-    each_piece(m, copy.at, [&](size_t, const unsigned char* source, int valid) {
-      if (valid == 0) return;
-      checker_access(source, valid, false, __builtin_return_address(0));
-      touch(source, valid);
-    });
-  });
+  as_engine(copy.known,
+            [&] { checker_access(copy.to, copy.bytes, true, __builtin_return_address(0)); });
   std::memset(copy.to, 0xff, copy.bytes);
   checker_pending(copy.to, copy.bytes, true);
   poison(copy.to, copy.bytes);
   async_state().copies.push_back(copy);
 }
 
-bool async_progress(Block& block, uint64_t random) {
-  if (!block.async || block.async->copies.empty()) return false;
-  auto& copies = block.async->copies;
+// What the copy reads, by the block that starts it.
+void read_source(const void* map, const int* at) {
+  Map m;
+  std::memcpy(&m, map, sizeof m);
+  each_piece(m, at, [&](size_t, const unsigned char* source, int valid) {
+    if (valid == 0) return;
+    checker_access(source, valid, false, __builtin_return_address(0));
+    touch(source, valid);
+  });
+}
+
+}  // namespace
+
+void tma_load(void* shared, const void* map, void* barrier, const int* at, int dims,
+              const char* file, int line) {
+  read_source(map, at);
+  start_copy(shared, map, barrier, at, dims, file, line);
+}
+
+void tma_load_all(void* shared, const void* map, void* barrier, const int* at, int dims, int ctas,
+                  const char* file, int line) {
+  const uint32_t barrier_offset = shared_offset(barrier);
+  read_source(map, at);
+  for (int rank = 0; rank < ctas; ++rank) {
+    in_block(rank, shared, [&](void* there) {
+      start_copy(there, map, g_arena + barrier_offset, at, dims, file, line);
+    });
+  }
+}
+
+bool async_progress(uint64_t random) {
+  if (!g_block->async || g_block->async->copies.empty()) return false;
+  auto& copies = g_block->async->copies;
   const size_t index = random % copies.size();
   const PendingBox copy = copies[index];
   copies.erase(copies.begin() + static_cast<std::ptrdiff_t>(index));
@@ -221,7 +271,7 @@ void mbarrier_init(void* barrier, int arrivals, const char* file, int line) {
   Barrier b;
   b.arrivals = b.pending = arrivals;
   b.arriving = b.released = std::make_shared<const std::vector<uint32_t>>(g_thread->known->size());
-  b.init_thread = g_thread->id;
+  b.init_slot = g_thread->slot;
   b.init_clock = g_thread->clock;
   if (!async_state().barriers.emplace(barrier, b).second) {
     report("%s:%d: an mbarrier is initialized twice", file, line);
@@ -235,6 +285,10 @@ void mbarrier_arrive(void* barrier, int expected_bytes, const char* file, int li
   b->arriving = checker_merge(b->arriving, checker_release(g_thread));
   --b->pending;
   end_phase_if_complete(barrier, *b);
+}
+
+void mbarrier_arrive_at(void* barrier, int rank, const char* file, int line) {
+  in_block(rank, barrier, [&](void* there) { mbarrier_arrive(there, 0, file, line); });
 }
 
 void mbarrier_wait(void* barrier, uint32_t parity, const char* file, int line) {
@@ -251,9 +305,9 @@ void mbarrier_wait(void* barrier, uint32_t parity, const char* file, int line) {
   g_thread->known = checker_merge(g_thread->known, b->released);
 }
 
-void async_finish(Block& block) {
-  if (!block.async) return;
-  for (const PendingBox& copy : block.async->copies) {
+void async_finish() {
+  if (!g_block->async) return;
+  for (const PendingBox& copy : g_block->async->copies) {
     report("a copy of %s:%d never waited for", copy.file, copy.line);
   }
   finish_products();

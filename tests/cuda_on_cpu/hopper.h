@@ -14,7 +14,7 @@ struct Barrier {
   long bytes = 0;  // expected and not landed; below zero while the expectation is still to come
   uint32_t phase = 0;
   Knowledge arriving, released;
-  int init_thread = 0;
+  int init_slot = 0;
   uint32_t init_clock = 0;
 };
 
@@ -52,7 +52,7 @@ struct WarpProducts {
 };
 
 struct AsyncState {
-  Thread engine;  // writes what copies bring; its id is one past the block's threads
+  Thread engine;  // writes what copies bring; its id and slot are one past the block's threads
   std::map<const void*, Barrier> barriers;
   std::vector<PendingBox> copies;
   std::vector<WarpProducts> warps;

@@ -10,6 +10,7 @@
 namespace nf4::emulation {
 
 constexpr size_t kArenaBytes = 512 << 10;
+constexpr int kMaxCluster = 8;
 constexpr size_t kStackBytes = 256 << 10;
 
 // What a thread knows of the others: the clocks at its last synchronization. Shared between the
@@ -25,12 +26,13 @@ struct PendingCopy {
 };
 
 struct Thread {
-  enum class State { kReady, kBlockBarrier, kWarp, kMbarrier, kDone };
+  enum class State { kReady, kBlockBarrier, kClusterBarrier, kWarp, kMbarrier, kDone };
   State state = State::kReady;
   void* stack_pointer = nullptr;
   unsigned char* stack = nullptr;
   void* fake_stack = nullptr;
-  int id = 0;
+  int id = 0;    // in the block
+  int slot = 0;  // in the cluster: of clocks and stacks; a block has one more, for its copies
   uint3 index{};
   const char* file = "";
   int line = 0;
@@ -56,6 +58,7 @@ struct Block {
   size_t arena_used = 0;
   size_t requested = 0;
   size_t shared_limit = 0;
+  int rank = 0;            // in the cluster
   long serial = 0;         // of the block over all launches
   uint32_t published = 0;  // how often it did
   std::map<long, uint32_t>
@@ -64,9 +67,14 @@ struct Block {
   std::shared_ptr<AsyncState> async;
 };
 
+// What runs: a thread, its block with its shared memory, and its cluster. The shared memory of a
+// cluster's blocks lies in a row.
+extern std::vector<Block> g_cluster;
 extern Block* g_block;
 extern Thread* g_thread;
 extern unsigned char* g_arena;
+extern unsigned char* g_arenas;
+void enter_block(Block* block);
 extern long g_launch;
 extern const unsigned char* g_launch_frame;
 
@@ -83,8 +91,8 @@ void report(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 // The checker (checker.cpp); does nothing in the asan build.
 void checker_begin_launch();
-void checker_begin_block();
-void checker_allocate(size_t offset, size_t bytes);
+void checker_begin_cluster();
+void checker_allocate(const void* shared, size_t bytes);
 void checker_pending(const void* shared, int bytes, bool pending);
 void checker_access(const void* address, size_t bytes, bool write, const void* pc);
 Knowledge checker_join(Thread* const* threads, int count);
@@ -92,17 +100,18 @@ Knowledge checker_join(Thread* const* threads, int count);
 // knowledges, and whether the running thread knows what `other` did up to `clock`.
 Knowledge checker_release(Thread* thread);
 Knowledge checker_merge(const Knowledge& a, const Knowledge& b);
-bool checker_ordered(int other, uint32_t clock);
+bool checker_ordered(int slot, uint32_t clock);
 extern bool g_checking;
 // The order of blocks' global memory by counters: all that a block wrote before it published is
 // known to a block that waits afterwards.
 void checker_publish();
 void checker_acquire();
 
-// hopper.cpp: lets one copy that is under way land; false where there is none. `random` picks.
-bool async_progress(Block& block, uint64_t random);
-// Reports what a block leaves under way.
-void async_finish(Block& block);
+// hopper.cpp: lets one copy to this block that is under way land; false where there is none.
+// `random` picks.
+bool async_progress(uint64_t random);
+// Reports what this block leaves under way.
+void async_finish();
 
 // ASan's poisoning, empty functions elsewhere.
 void poison(void* address, size_t bytes);

@@ -1,4 +1,4 @@
-// The scheduler of a block's fibers, barriers, warp collectives, and the launch itself.
+// The scheduler of a cluster's fibers, barriers, warp collectives, and the launch itself.
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -8,9 +8,11 @@
 
 namespace nf4::emulation {
 
+std::vector<Block> g_cluster;
 Block* g_block = nullptr;
 Thread* g_thread = nullptr;
 unsigned char* g_arena = nullptr;
+unsigned char* g_arenas = nullptr;
 long g_launch = 0;
 const unsigned char* g_launch_frame = nullptr;
 
@@ -30,6 +32,7 @@ uint64_t next_random() {
 
 const char* name_of(Thread::State state) {
   if (state == Thread::State::kMbarrier) return "an mbarrier";
+  if (state == Thread::State::kClusterBarrier) return "the cluster's barrier";
   return state == Thread::State::kBlockBarrier ? "__syncthreads" : "a warp collective";
 }
 
@@ -55,10 +58,32 @@ bool release_block_barrier(Block& block) {
   return true;
 }
 
-// Picks the next ready thread; -1 when there is none.
-int pick(const Block& block, int last, int mode) {
-  const int count = static_cast<int>(block.threads.size());
-  const auto ready = [&](int i) { return block.threads[i].state == Thread::State::kReady; };
+bool release_cluster_barrier() {
+  std::vector<Thread*> all;
+  for (Block& block : g_cluster) {
+    for (Thread& t : block.threads) {
+      if (t.state != Thread::State::kClusterBarrier) return false;
+      all.push_back(&t);
+    }
+  }
+  const Knowledge joined = checker_join(all.data(), static_cast<int>(all.size()));
+  for (Thread* t : all) {
+    t->state = Thread::State::kReady;
+    t->known = joined;
+    ++t->clock;
+  }
+  return true;
+}
+
+// Thread `i` of the cluster, block by block.
+Thread& thread_at(int i) {
+  const int threads = static_cast<int>(g_cluster[0].threads.size());
+  return g_cluster[i / threads].threads[i % threads];
+}
+
+// Picks the next ready thread of the cluster; -1 when there is none.
+int pick(int count, int last, int mode) {
+  const auto ready = [&](int i) { return thread_at(i).state == Thread::State::kReady; };
   if (mode == 0) {
     for (int i = 1; i <= count; ++i) {
       if (ready((last + i) % count)) return (last + i) % count;
@@ -78,18 +103,33 @@ int pick(const Block& block, int last, int mode) {
   return -1;
 }
 
-bool run_block(Block& block, int mode) {
+// Where no thread can run: a barrier that all have reached, else one copy that is under way.
+bool make_progress(int mode) {
+  for (Block& block : g_cluster) {
+    if (release_block_barrier(block)) return true;
+  }
+  if (release_cluster_barrier()) return true;
+  const size_t start = mode == 0 ? 0 : next_random() % g_cluster.size();
+  for (size_t i = 0; i < g_cluster.size(); ++i) {
+    enter_block(&g_cluster[(start + i) % g_cluster.size()]);
+    if (async_progress(mode == 0 ? 0 : next_random())) return true;
+  }
+  return false;
+}
+
+bool run_cluster(int mode) {
   int last = 0;
   int done = 0;
-  const int count = static_cast<int>(block.threads.size());
+  const int threads = static_cast<int>(g_cluster[0].threads.size());
+  const int count = threads * static_cast<int>(g_cluster.size());
   while (done < count) {
-    const int next = pick(block, last, mode);
+    const int next = pick(count, last, mode);
     if (next < 0) {
-      if (release_block_barrier(block)) continue;
-      if (async_progress(block, mode == 0 ? 0 : next_random())) continue;
+      if (make_progress(mode)) continue;
       if (g_report_count == 0) {
         const Thread *a = nullptr, *b = nullptr;
-        for (const Thread& t : block.threads) {
+        for (int i = 0; i < count; ++i) {
+          const Thread& t = thread_at(i);
           if (t.state == Thread::State::kDone) continue;
           if (a == nullptr) a = &t;
           b = &t;
@@ -97,23 +137,27 @@ bool run_block(Block& block, int mode) {
         report(
             "deadlock: %d of %d threads ended; thread %d waits for %s at %s:%d, thread %d for "
             "%s at %s:%d",
-            done, count, a->id, name_of(a->state), a->file, a->line, b->id, name_of(b->state),
+            done, count, a->slot, name_of(a->state), a->file, a->line, b->slot, name_of(b->state),
             b->file, b->line);
       }
       return false;
     }
     last = next;
-    switch_to_fiber(&block.threads[next]);
-    if (block.threads[next].state == Thread::State::kDone) {
+    enter_block(&g_cluster[next / threads]);
+    Thread& t = thread_at(next);
+    switch_to_fiber(&t);
+    if (t.state == Thread::State::kDone) {
       ++done;
-      if (!block.threads[next].groups.empty() || !block.threads[next].open_group.empty()) {
-        const Thread& t = block.threads[next];
+      if (!t.groups.empty() || !t.open_group.empty()) {
         const PendingCopy& copy = t.groups.empty() ? t.open_group[0] : t.groups[0].front();
-        report("cp.async of %s:%d never waited for by thread %d", copy.file, copy.line, next);
+        report("cp.async of %s:%d never waited for by thread %d", copy.file, copy.line, t.slot);
       }
     }
   }
-  async_finish(block);
+  for (Block& block : g_cluster) {
+    enter_block(&block);
+    async_finish();
+  }
   return true;
 }
 
@@ -131,7 +175,7 @@ std::vector<Arrivals> g_arrivals;
 void arrive_at_warp(WarpFunction function, void* payload, const char* file, int line) {
   Thread* self = g_thread;
   const int warp = self->id / 32;
-  Arrivals& at = g_arrivals[warp];
+  Arrivals& at = g_arrivals[g_block->rank * (g_block->threads.size() / 32) + warp];
   if (at.count > 0 && (at.function != function || at.line != line || at.file != file)) {
     report("divergent warp collective: thread %d at %s:%d, others of its warp at %s:%d", self->id,
            file, line, at.file, at.line);
@@ -176,12 +220,26 @@ void report(const char* format, ...) {
 }
 
 const Indices& current() {
-  g_block->indices.thread = g_thread->index;
-  return g_block->indices;
+  static Indices own;  // where the race checker looks for no kernel's memory
+  own = g_block->indices;
+  own.thread = g_thread->index;
+  return own;
+}
+
+void enter_block(Block* block) {
+  g_block = block;
+  g_arena = block == nullptr ? nullptr : g_arenas + block->rank * kArenaBytes;
 }
 
 void block_barrier(const char* file, int line) {
   g_thread->state = Thread::State::kBlockBarrier;
+  g_thread->file = file;
+  g_thread->line = line;
+  yield_to_scheduler();
+}
+
+void cluster_barrier(const char* file, int line) {
+  g_thread->state = Thread::State::kClusterBarrier;
   g_thread->file = file;
   g_thread->line = line;
   yield_to_scheduler();
@@ -210,7 +268,7 @@ void* carve(size_t bytes, size_t alignment, const char* file, int line) {
     if (block.arena_used > kArenaBytes) std::abort();
     unpoison(g_arena + offset, bytes);
     std::memset(g_arena + offset, 0xff, bytes);  // NaN in every format
-    checker_allocate(offset, bytes);
+    checker_allocate(g_arena + offset, bytes);
   }
   const SharedArray& array = block.arrays[index];
   if (array.bytes != bytes || array.alignment != alignment) {
@@ -220,47 +278,58 @@ void* carve(size_t bytes, size_t alignment, const char* file, int line) {
   return g_arena + array.offset;
 }
 
-int run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
+int run(dim3 grid, dim3 block, int cluster, size_t shared_bytes,
+        const std::function<void()>& kernel) {
   if (g_report_count > 0) return 1;  // what follows a defect is noise
   g_launch_frame = static_cast<const unsigned char*>(__builtin_frame_address(0));
-  if (g_arena == nullptr) {
-    g_arena = static_cast<unsigned char*>(std::aligned_alloc(4096, kArenaBytes));
+  if (g_arenas == nullptr) {
+    const size_t bytes = kMaxCluster * kArenaBytes;
+    g_arenas = static_cast<unsigned char*>(std::aligned_alloc(4096, bytes));
   }
   const int threads = static_cast<int>(block.x * block.y * block.z);
   if (threads % 32 != 0 || threads > 1024) {
     report("a block of %d threads", threads);
     return 1;
   }
+  if (cluster < 1 || cluster > kMaxCluster || grid.x % cluster != 0) {
+    report("a grid of %u blocks in clusters of %d", grid.x, cluster);
+    return 1;
+  }
   const int mode = g_seed == 0 ? 0 : (g_seed % 2 == 0 ? 1 : 2);
   ++g_launch;
   checker_begin_launch();
-  g_arrivals.assign(threads / 32, Arrivals());
+  g_arrivals.assign(cluster * threads / 32, Arrivals());
   static long serial = 0;
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        Block b;
-        b.indices.block = {x, y, z};
-        b.indices.block_dim = block;
-        b.indices.grid_dim = grid;
-        b.shared_limit = shared_bytes;
-        b.kernel = &kernel;
-        b.serial = ++serial;
-        b.threads.resize(threads);
-        g_block = &b;
-        poison(g_arena, kArenaBytes);
-        checker_begin_block();
-        const auto nothing = std::make_shared<const std::vector<uint32_t>>(threads + 1, 0);
-        for (int i = 0; i < threads; ++i) {
-          Thread& t = b.threads[i];
-          t.id = i;
-          t.index = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
-          t.known = nothing;
-          prepare(t);
+      for (unsigned x = 0; x < grid.x; x += cluster) {
+        g_cluster = std::vector<Block>(cluster);
+        poison(g_arenas, cluster * kArenaBytes);
+        checker_begin_cluster();
+        const auto nothing =
+            std::make_shared<const std::vector<uint32_t>>(cluster * (threads + 1), 0);
+        for (int rank = 0; rank < cluster; ++rank) {
+          Block& b = g_cluster[rank];
+          b.indices.block = {x + rank, y, z};
+          b.indices.block_dim = block;
+          b.indices.grid_dim = grid;
+          b.shared_limit = shared_bytes;
+          b.kernel = &kernel;
+          b.rank = rank;
+          b.serial = ++serial;
+          b.threads.resize(threads);
+          for (int i = 0; i < threads; ++i) {
+            Thread& t = b.threads[i];
+            t.id = i;
+            t.slot = rank * (threads + 1) + i;
+            t.index = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
+            t.known = nothing;
+            prepare(t);
+          }
         }
-        const bool finished = run_block(b, mode);
-        unpoison(g_arena, kArenaBytes);
-        g_block = nullptr;
+        const bool finished = run_cluster(mode);
+        unpoison(g_arenas, cluster * kArenaBytes);
+        enter_block(nullptr);
         if (!finished || g_report_count > 0) return 1;
       }
     }

@@ -144,19 +144,23 @@ bool is_in_flight(const WarpProducts& warp, const float* d) {
 
 void wgmma_fence(void* const (&)[32]) { products().fenced = true; }
 
-void wgmma(void* const (&payload)[32]) {
+namespace {
+
+// 128 of the columns of a wgmma.
+void start_product(void* const (&payload)[32], int half) {
   WarpProducts& warp = products();
   Product p = {};
   const Wgmma& first = *static_cast<const Wgmma*>(payload[0]);
-  p.a_matrix = first.a_matrix;
-  p.b_matrix = first.b_matrix;
   p.is_bf16 = first.is_bf16;
   p.b_by_rows = first.b_by_rows;
+  p.a_matrix = first.a_matrix;
+  const SharedMatrix b{first.b_matrix, first.b_by_rows};
+  p.b_matrix = first.b_matrix + half * (b.by_rows ? 2 * b.leading() : 16 * b.group()) / 16;
   for (int lane = 0; lane < 32; ++lane) {
     const Wgmma& w = *static_cast<const Wgmma*>(payload[lane]);
-    p.d[lane] = w.d;
+    p.d[lane] = w.d + 64 * half;
     p.a[lane] = w.a;
-    if (w.a_matrix != p.a_matrix || w.b_matrix != p.b_matrix) {
+    if (w.a_matrix != first.a_matrix || w.b_matrix != first.b_matrix) {
       report("wgmma: lanes of a warp name different matrices");
     }
   }
@@ -174,6 +178,13 @@ void wgmma(void* const (&payload)[32]) {
     poison(d, 64 * sizeof(float));
   }
   warp.open.push_back(p);
+}
+
+}  // namespace
+
+void wgmma(void* const (&payload)[32]) {
+  const int halves = static_cast<const Wgmma*>(payload[0])->halves;
+  for (int half = 0; half < halves; ++half) start_product(payload, half);
 }
 
 void wgmma_commit(void* const (&)[32]) {
