@@ -39,6 +39,8 @@ SHAPES = [
     Matmul((90,), 150, 520, block_size=32, nested=True, bias=True),
     Matmul((258,), 77, 72, format="dynamic8", nested=True),
     Matmul((4100,), 24, 64),
+    # So many steps that several CTAs share the only tile.
+    Matmul((70,), 24, 6016, nested=True),
     # dx on Hopper: from 256 tokens on, and earlier where no other tensor-core kernel takes it;
     # several tiles in both directions, a ragged end of tokens, n and k.
     Matmul((257,), 136, 576, nested=True),
@@ -110,8 +112,8 @@ LORAS = [
     # dx on Hopper with the adapter's ranks first: one step and several, masked.
     Lora(Matmul((260,), 64, 320), BF16, 8, None, 0.1),
     Lora(Matmul((258,), 72, 264, nested=True), F16, 72, F32, 0.3),
-    # So many steps that three CTAs share the only tile.
-    Lora(Matmul((66,), 2760, 40, block_size=32), BF16, 16, F32, 0.2),
+    # So many steps that several CTAs share the only tile.
+    Lora(Matmul((66,), 6000, 40, block_size=32), BF16, 16, F32, 0.2),
 ]
 
 

@@ -24,10 +24,9 @@ struct HopperTile : HopperRoles {
   static constexpr int kTokens = 128 * kHalves;
   static constexpr int kTokenStage = kTokens * 2 * kHopperStep;
   static constexpr int kWeightStage = kHopperRows * kHopperStep * (kDense ? 4 : 1) / 2;
-  // Tokens / 8 of a task of LoRA's down-projection, which comes before the tiles. It reads the whole
-  // adapter, so large tasks read it less often; but they leave CTAs without any: at M = 2048 and
-  // rank 16 there are 64 of 32 tokens. Only it uses the dense way's table.
-  static constexpr int kDownTiles = kDense ? 4 : 2;
+  // Tokens / 8 of a task of LoRA's down-projection, which comes before the tiles: few, so that no
+  // CTA has none (128 tasks at M = 2048 and rank 16), and loads run ahead (lora_down.cuh).
+  static constexpr int kDownTiles = 2;
   static constexpr int kTable = kDense ? kDownScratch<kDownTiles> * 4 : 256 * 16 * 8;
   static constexpr int kMap = kDense ? 16 : 256 * 4;
   static_assert(kDownScratch<kDownTiles> * 4 <= kTable);

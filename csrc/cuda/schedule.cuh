@@ -42,16 +42,18 @@ inline Schedule make_schedule(int64_t tiles, int64_t steps, int ctas_per_sm) {
   return {tiles, static_cast<int>(steps), ctas, whole};
 }
 
-// The same for long steps and large tiles, one CTA an SM (hopper_tile.cu). Partial sums cost a CTA
-// about as much as 28 steps: it writes and later reads up to two results of half a step's bytes
-// each (256 KiB at 24 bytes a clock and SM from L2, so 22 000 clocks for steps of 1024), and
-// another kernel starts. Whole tiles, unless their last wave leaves SMs idle for longer.
-// Clusters of CTAs take the place of CTAs: then `tiles` and the schedule count what a cluster does.
+// The same for long steps and large tiles, one CTA an SM (hopper_tile.cu, hopper_backward.cu); of
+// clusters of CTAs `tiles` and the schedule count what a cluster does. Partial sums cost as much as
+// 45 steps: at 14336 x 4096 on an H200 (M = 256, 512) they took 24 and 29 us more than their share
+// of the steps, of about 0.57 us each. And where each CTA is at another step of K, its inputs are
+// no longer those that others just brought to L2: 1702 against 1566 us at M = 8192, an eighth after
+// the longer last wave is counted. Whole tiles, unless their last wave leaves SMs idle for longer.
 inline Schedule make_long_schedule(int64_t tiles, int64_t steps, int cluster) {
-  constexpr int64_t kPartialSteps = 28;
+  constexpr int64_t kPartialSteps = 45;
   const int64_t full = std::max(device().multiprocessors / cluster, 1);
-  const int64_t idle = ((tiles + full - 1) / full * full - tiles) * steps / full;
-  const bool whole = idle <= kPartialSteps;
+  const int64_t waves = (tiles + full - 1) / full;
+  const int64_t idle = (waves * full - tiles) * steps / full;
+  const bool whole = idle <= kPartialSteps + waves * steps / 8;
   const auto ctas = static_cast<int>(std::min(full, whole ? tiles : tiles * steps));
   return {tiles, static_cast<int>(steps), ctas, whole};
 }
