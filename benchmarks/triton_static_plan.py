@@ -98,7 +98,11 @@ def group_case(dtype: torch.dtype, m: int, p: float, ranks: tuple[int, ...]) -> 
 def plan(arch: int, everything: bool) -> list[tuple[str, Launch]]:
     """The launches to compile for an architecture: one a kernel, or all that differ."""
     dtype = torch.bfloat16 if arch >= 80 else torch.float16
-    cases: dict[str, tuple[Any, ...]] = {"M=1": (dtype, 1, 0.0), "M=2048": (dtype, 2048, 0.05)}
+    cases: dict[str, tuple[Any, ...]] = {
+        "M=1": (dtype, 1, 0.0),
+        "M=8": (dtype, 8, 0.0),
+        "M=2048": (dtype, 2048, 0.05),
+    }
     groups: dict[str, tuple[Any, ...]] = {}
     if everything:
         dtypes = (torch.float16, torch.bfloat16, torch.float32)

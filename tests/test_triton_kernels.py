@@ -96,6 +96,145 @@ def test_decode_ptx(fmt: formats.Format, dtype: torch.dtype) -> None:
             assert values == [v for pair in zip(first, second, strict=True) for v in pair]
 
 
+def _float(bits: int) -> np.float32:
+    return np.uint32(bits).view(np.float32)
+
+
+def _bits(value: float) -> int:
+    return int(np.float32(value).view(np.uint32))
+
+
+def _run_lanes(text: str, registers: dict[str, int], tables: dict[str, list[int]]) -> dict:
+    """The registers after PTX of one lane. ``tables``: registers of all 32 lanes, for SHFL."""
+    lane = int(np.random.default_rng().integers(32))
+    registers = registers | {name: table[lane] for name, table in tables.items()}
+
+    def value(operand: str) -> int:
+        if operand in registers:
+            return registers[operand]
+        return int(operand[2:], 16) if operand.startswith("0f") else int(operand, 0)
+
+    def shuffle(source: str, index: str, control: str, mask: str) -> int:
+        assert value(mask) == 0xFFFFFFFF and value(control) & 0x1F == 0x1F
+        segment = value(control) >> 8
+        return tables[source][lane & segment | value(index) & ~segment & 0x1F]
+
+    operations = {
+        "mov.b32": value,
+        "shr.u32": lambda a, b: value(a) >> value(b),
+        "add.u32": lambda a, b: value(a) + value(b),
+        "setp.gt.f32": lambda a, b: int(_float(value(a)) > _float(value(b))),
+        "shfl.sync.idx.b32": shuffle,
+        # Exact in float64 but for the last rounding.
+        "fma.rn.f32": lambda a, b, c: _bits(
+            float(_float(value(a))) * float(_float(value(b))) + float(_float(value(c)))
+        ),
+    }
+    for line in text.splitlines():
+        if line.startswith(("{", "}")):
+            line = line.strip("{} ").split(";")[-1]
+        if line.startswith("@"):
+            predicate, line = line[1:].split(" ", 1)
+            if not registers[predicate]:
+                continue
+        if line:
+            name, rest = line.rstrip(";").split(" ", 1)
+            target, *operands = (o.strip() for o in rest.split(","))
+            registers[target] = operations[name](*operands)
+    return registers
+
+
+@pytest.mark.parametrize("fmt", FOUR_BIT, ids=lambda f: f.name)
+def test_dot_ptx(fmt: formats.Format) -> None:
+    """The inline PTX of a single row, evaluated here, looks up all 256 bytes and adds in order."""
+    from nf4.kernels._codes import dot_asm
+
+    text, constraints = dot_asm()
+    assert constraints.split(",") == ["=r"] * 4 + ["r"] * 5 + ["f"] * 8
+    values = fmt.values.astype(np.float32)
+    random = np.random.default_rng()
+    for four in random.permutation(256).reshape(-1, 4):
+        x = random.standard_normal(8).astype(np.float32)
+        order = [x[0], x[2], x[4], x[6], x[1], x[3], x[5], x[7]]
+        registers = {f"${9 + i}": _bits(v) for i, v in enumerate(order)}
+        registers["$4"] = int.from_bytes(bytes(four.tolist()), "little")
+        lanes = [_bits(values[i % 16]) for i in range(32)]
+        got = _float(_run_lanes(text, registers, {"$5": lanes})["$0"])
+        codes = [c for b in four.tolist() for c in (b >> 4, b & 15)]
+        expected = sum(float(values[c]) * float(v) for c, v in zip(codes, x, strict=True))
+        assert abs(got - expected) < 1e-5
+
+
+def test_encode_ptx() -> None:
+    """The inline PTX, evaluated here, gives NF4's code on both sides of all it decides by."""
+    from nf4.kernels._codes import encode_asm
+
+    buckets = triton_launch.LANE_BUCKETS
+    table = triton_launch.lane_entries(formats.NF4)
+    assert table is not None and triton_launch.lane_entries(formats.FP4) is None
+    text, constraints = encode_asm(buckets)
+    assert constraints == "=r,r,r,r"
+    lanes = {"$2": (table >> 32 & 0xFFFFFFFF).tolist(), "$3": (table & 0xFFFFFFFF).tolist()}
+    thresholds = formats.NF4.thresholds
+    edges = ((np.arange(2 * buckets) + 0.5) / buckets - 1).astype(np.float32)
+    near = np.concatenate([thresholds, edges, np.float32([-1, -0.0, 0, 1])])
+    values = [near, np.nextafter(near, np.float32(2)), np.nextafter(near, np.float32(-2))]
+    values.append(np.random.default_rng().uniform(-1, 1, 200).astype(np.float32))
+    for v in np.concatenate(values):
+        code = _run_lanes(text, {"$1": _bits(v)}, lanes)["$0"]
+        assert code == np.searchsorted(thresholds, v), v
+
+
+def test_launches_of_one_kind_compile_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Further launches pass addresses to what the first compiled, and only where that fits."""
+    from types import SimpleNamespace
+
+    compiled, launched = [], []
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *values: launched.append((grid, values))
+
+    class Kernel:
+        def __init__(self) -> None:
+            names = ("x_ptr", "none_ptr", "m", "scaling", "BLOCK")
+            self.params = [SimpleNamespace(name=n, is_constexpr=n.isupper()) for n in names]
+
+        def __getitem__(self, grid):
+            def first(**arguments):
+                compiled.append(arguments)
+                return Compiled()
+
+            return first
+
+    monkeypatch.setattr(triton_launch, "_compiled", {})
+    kernel, x = Kernel(), torch.zeros(64)
+
+    def launch(grid=(3,), x=x, m=32, scaling=1.0, block=64, **options) -> None:
+        arguments = {"BLOCK": block, "x_ptr": x, "none_ptr": None, "m": m, "scaling": scaling}
+        plan = {"num_warps": 4, "num_stages": 2, "exact": False} | options
+        triton_launch.launch_compiled(kernel, grid, arguments, torch.device("cpu"), **plan)
+
+    launch()
+    launch(m=48, scaling=2.0)
+    assert len(compiled) == 1
+    assert launched == [((3, 1, 1), (x.data_ptr(), None, 48, 2.0, 64))]
+    for other in (
+        {"x": x[1:]},
+        {"x": x.double()},
+        {"m": 1},
+        {"m": 33},
+        {"m": 2**33},
+        {"block": 128},
+        {"num_warps": 8},
+        {"exact": True},
+    ):
+        before = len(compiled)
+        launch(**other)
+        launch(**other)
+        assert len(compiled) == before + 1, other
+
+
 _PROBE = """
 import torch, triton, triton.language as tl
 from nf4.backends.triton_launch import repair_interpreter
@@ -188,6 +327,33 @@ def test_plans_agree(m: int, dtype: torch.dtype, capability: int) -> None:
     for name, (got, exact) in expected.items():
         error = (got.double() - exact).norm() / exact.norm()
         assert error < tolerance, f"{name}: relative error {error:.2e}"
+
+
+@interpreted
+@pytest.mark.parametrize("k, block_size", [(64, 64), (1024, 64), (2112, 64), (4096, 4096)])
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "odd address"])
+def test_a_single_row(
+    k: int, block_size: int, offset: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles that end in the last row's middle, blocks longer than a tile, a bias and LoRA."""
+    asked = []
+    kernel = triton_launch.kernel
+    monkeypatch.setattr(
+        "nf4.backends.triton_matmul.kernel",
+        lambda stem, name: asked.append(stem) or kernel(stem, name),
+    )
+    case = Matmul((1,), 21, k, nested=True, block_size=block_size)
+    weight, dense = case.weight(torch.device("cpu"))
+    layout = (case.block_size, case.format_id)
+    x = torch.randn(k + offset, dtype=torch.bfloat16)[offset:].view(1, k)
+    bias, a, b = torch.randn(21).bfloat16(), torch.randn(40, k) * k**-0.5, torch.randn(21, 40)
+
+    y, _ = backend_module.linear_lora(x, *weight, bias, a, b, 0.5, 0.0, None, case.n, *layout)
+
+    exact = x.double() @ dense.double().t() + bias.double()
+    exact += 0.5 * (x.double() @ a.double().t()) @ b.double().t()
+    assert (y.double() - exact).norm() / exact.norm() < 1e-2
+    assert ("linear_row" in asked) == (offset == 0)
 
 
 @interpreted

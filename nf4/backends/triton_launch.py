@@ -113,11 +113,54 @@ def launch(
     if _recorded is not None:
         _recorded[1].append(Launch(kernel, grid, args, num_warps, num_stages, exact))
         return
-    guard: contextlib.AbstractContextManager = contextlib.nullcontext()
-    if device.type == "cuda":
-        guard = torch.cuda.device(device)
-    with guard:
-        kernel[grid](**args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=not exact)
+    if device.type != "cuda":
+        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": not exact}
+        kernel[grid](**args, **options)
+        return
+    with torch.cuda.device(device):
+        launch_compiled(kernel, grid, args, device, num_warps, num_stages, exact)
+
+
+# By everything that Triton specializes a kernel on.
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def launch_compiled(
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: dict[str, Any],
+    device: torch.device,
+    num_warps: int,
+    num_stages: int,
+    exact: bool,
+) -> None:
+    """Launch what Triton compiled before without asking it again, which takes most of a launch's
+    time on the host. A key may be finer than Triton's own, never coarser.
+    """
+    key: list[Any] = [id(kernel), device, num_warps, num_stages, exact]
+    values: list[Any] = []
+    for param in kernel.params:
+        value = args[param.name]
+        if isinstance(value, Tensor):
+            value_key: Any = value.dtype
+            value = value.data_ptr()
+            key.append(value % 16 == 0)
+        elif param.is_constexpr or value is None:
+            value_key = value
+        elif isinstance(value, int):
+            key.append(-1 if value == 1 else value % 16 == 0)
+            value_key = value.bit_length() // 32
+        else:
+            value_key = None
+        key.append(value_key)
+        values.append(value)
+    found = tuple(key)
+    compiled = _compiled.get(found)
+    if compiled is None:
+        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": not exact}
+        _compiled[found] = kernel[grid](**args, **options)
+    else:
+        compiled[(*grid, 1, 1)[:3]](*values)
 
 
 @lru_cache
@@ -129,28 +172,70 @@ def codes(format: int, dtype: torch.dtype = torch.float32) -> tuple[float, ...] 
     return tuple(torch.from_numpy(fmt.values.copy()).to(dtype).tolist())
 
 
+def _buckets(fmt: formats.Format, count: int, buckets: int) -> tuple[np.ndarray, np.ndarray]:
+    """(threshold, rank of the value below it) of ``count`` buckets, float32 and integers.
+
+    Bucket ``i`` takes the values that round to ``i / buckets - 1``.
+    """
+    bounds = fmt.thresholds.astype(np.float64)
+    low = (np.arange(count) - 0.5) / buckets - 1
+    rank = np.searchsorted(bounds, low, side="left")
+    last = len(bounds) - 1
+    nearest = np.minimum(rank, last)
+    inside = (rank <= last) & (bounds[nearest] <= low + 1 / buckets)
+    return np.where(inside, fmt.thresholds[nearest], np.inf).astype(np.float32), rank
+
+
+def _entries(threshold: np.ndarray, codes: np.ndarray, size: int) -> np.ndarray:
+    table = np.zeros(size, dtype=np.int64)
+    table[: len(codes)] = threshold.view(np.uint32).astype(np.int64) << 32 | codes
+    return table
+
+
 @lru_cache
 def bucket_table(format: int, device: torch.device) -> Tensor:
     """int64 [4 * buckets]: how ``kernels/_codes.encode4`` finds the codes of a 4-bit format.
 
-    Bucket ``i`` takes the values that round to ``i / buckets - 1``. There are as few buckets, in a
-    power of two, as leave at most one threshold in each.
+    There are as few buckets, in a power of two, as leave at most one threshold in each.
     """
     fmt = formats.BY_ID[format]
-    bounds = fmt.thresholds.astype(np.float64)
     buckets = 1
-    while 1 / buckets >= np.diff(bounds).min():
+    while 1 / buckets >= np.diff(fmt.thresholds.astype(np.float64)).min():
         buckets *= 2
-    low = (np.arange(2 * buckets + 1) - 0.5) / buckets - 1
-    rank = np.searchsorted(bounds, low, side="left")
-    last = len(bounds) - 1
-    inside = (rank <= last) & (bounds[np.minimum(rank, last)] <= low + 1 / buckets)
-    threshold = np.where(inside, fmt.thresholds[np.minimum(rank, last)], np.inf)
+    threshold, rank = _buckets(fmt, 2 * buckets + 1, buckets)
     order = np.array(fmt.order, dtype=np.int64)
     codes = order[rank] | order[np.minimum(rank + 1, 15)] << 4
-    table = np.zeros(4 * buckets, dtype=np.int64)
-    table[: len(low)] = threshold.astype(np.float32).view(np.uint32).astype(np.int64) << 32 | codes
-    return torch.from_numpy(table).to(device)
+    return torch.from_numpy(_entries(threshold, codes, 4 * buckets)).to(device)
+
+
+# 31 buckets: as many of equal width on both sides of 0 as the lanes of a warp can hold.
+LANE_BUCKETS = 15
+
+
+def lane_entries(fmt: formats.Format) -> np.ndarray | None:
+    """int64 [32]: the same for ``kernels/_codes.encode_asm``; None where it cannot be.
+
+    That takes codes in ascending order whose thresholds lie at least a bucket apart: NF4.
+    """
+    apart = np.diff(fmt.thresholds.astype(np.float64)).min()
+    if list(fmt.order) != sorted(fmt.order) or apart <= 1 / LANE_BUCKETS:
+        return None
+    threshold, rank = _buckets(fmt, 2 * LANE_BUCKETS + 1, LANE_BUCKETS)
+    return _entries(threshold, rank.astype(np.int64), 32)
+
+
+@lru_cache
+def lane_table(format: int, device: torch.device) -> Tensor | None:
+    """``lane_entries`` on ``device``; None in the interpreter, which runs no PTX."""
+    entries = None if interpreted() else lane_entries(formats.BY_ID[format])
+    return None if entries is None else torch.from_numpy(entries).to(device)
+
+
+@lru_cache
+def lane_encoder() -> dict[str, Any]:
+    """The constexprs of ``kernels/quantize`` with ``lane_table``."""
+    asm, constraints = import_module("nf4.kernels._codes").encode_asm(LANE_BUCKETS)
+    return {"ASM": asm, "CONSTRAINTS": constraints}
 
 
 @lru_cache
@@ -165,8 +250,17 @@ def decoder(format: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 @lru_cache
+def dot_decoder(format: int) -> dict[str, Any]:
+    """The constexprs of ``kernels/linear_row``: PTX on a GPU, else the plain form."""
+    if interpreted():
+        return {"CODES": codes(format), "ASM": None, "CONSTRAINTS": None}
+    asm, constraints = import_module("nf4.kernels._codes").dot_asm()
+    return {"CODES": None, "ASM": asm, "CONSTRAINTS": constraints}
+
+
+@lru_cache
 def value_table(format: int, device: torch.device) -> Tensor:
-    """float32 [256]: the values of an 8-bit format on ``device``."""
+    """float32: the values of a format on ``device``, 256 of an 8-bit one and 16 of a 4-bit one."""
     return torch.from_numpy(formats.BY_ID[format].values.copy()).to(device)
 
 

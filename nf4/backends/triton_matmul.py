@@ -10,7 +10,14 @@ from torch import Tensor
 
 from nf4 import formats
 from nf4.backends import tuning
-from nf4.backends.triton_launch import decoder, kernel, launch, target_of, value_table
+from nf4.backends.triton_launch import (
+    decoder,
+    dot_decoder,
+    kernel,
+    launch,
+    target_of,
+    value_table,
+)
 
 _MAP = formats.DYNAMIC8.id
 
@@ -152,6 +159,10 @@ def fused_linear(
 ) -> Tensor:
     """x [M, K] times W^T from packed bytes, plus bias and scaling * s lora_b^T: [M, N]."""
     m, device = x.shape[0], x.device
+    row = tuning.linear_row(w.shape(m, x.dtype))
+    # Its loads of x are of two elements.
+    if row is not None and x.data_ptr() % 4 == 0:
+        return _linear_row(x, w, row, bias, s, lora_b, scaling)
     split = config.split
     out = _output(x, w.n, split)
     arithmetic = products(x.dtype, device)
@@ -188,6 +199,46 @@ def fused_linear(
         num_stages=config.num_stages,
     )
     return out if split == 1 else sum_partials(out, (m, w.n), x.dtype, 1.0, bias)
+
+
+def _linear_row(
+    x: Tensor,
+    w: Weight,
+    config: tuning.RowConfig,
+    bias: Tensor | None,
+    s: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """``fused_linear`` of a single row."""
+    out = x.new_empty(1, w.n)
+    r = 1 if s is None else s.shape[1]
+    launch(
+        kernel("linear_row", "linear_row_kernel"),
+        (cdiv(w.n, config.block_n),),
+        {
+            "x_ptr": x,
+            **w.pointers(),
+            "value_ptr": value_table(w.format, x.device),
+            "bias_ptr": bias,
+            "s_ptr": s,
+            "b_ptr": lora_b,
+            "out_ptr": out,
+            "N": w.n,
+            "K": w.k,
+            "R": r,
+            "scaling": scaling,
+            "BLOCK_SIZE": w.block_size,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+            "BLOCK_R": tuning.up_tile(r),
+            "EVEN": w.k % config.block_k == 0,
+            **dot_decoder(w.format),
+        },
+        x.device,
+        num_warps=config.num_warps,
+    )
+    return out
 
 
 def fused_backward(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,8 @@ from nf4.backends.triton_launch import (
     bucket_table,
     decoder,
     kernel,
+    lane_encoder,
+    lane_table,
     launch,
     threshold_table,
     value_table,
@@ -31,9 +35,13 @@ def quantize(x: Tensor, block_size: int, format: int) -> tuple[Tensor, Tensor]:
     absmax = flat.new_empty(cdiv(n, block_size), dtype=torch.float32)
     if n == 0:
         return packed, absmax
-    config = tuning.quantize(fmt.bits)
+    config = tuning.quantize()
     blocks = config.tile // block_size
-    if fmt.bits == 4:
+    encoder: dict[str, Any] = {"ASM": None, "CONSTRAINTS": None}
+    lanes = lane_table(format, flat.device) if fmt.bits == 4 else None
+    if lanes is not None:
+        table, encoder = lanes, lane_encoder()
+    elif fmt.bits == 4:
         table = bucket_table(format, flat.device)
     else:
         table = threshold_table(format, flat.device)
@@ -52,6 +60,7 @@ def quantize(x: Tensor, block_size: int, format: int) -> tuple[Tensor, Tensor]:
             "BUCKETS": table.numel() // 4 if fmt.bits == 4 else None,
             "PAIRS": n % 2 == 0 and flat.data_ptr() % (2 * flat.itemsize) == 0,
             "SHORT": fmt.bits == 4 and n % block_size != 0,
+            **encoder,
         },
         flat.device,
         num_warps=config.num_warps,
@@ -83,7 +92,7 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             "CHUNKS": config.chunks,
         },
         device,
-        num_warps=1,
+        num_warps=config.num_warps,
         exact=True,
     )
     launch(
@@ -99,7 +108,7 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             "n": n,
             "chunks": chunks,
             "BLOCKS": config.blocks,
-            "UNROLL": config.unroll,
+            "SUMS": config.sums,
         },
         device,
         num_warps=config.num_warps,

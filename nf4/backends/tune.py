@@ -81,7 +81,8 @@ def problems(
 ) -> Iterator[Problem]:
     """What a model with layers of ``shapes`` (n, k) meets at ``tokens`` rows.
 
-    The dense kernels are only asked where the built-in rules unpack the weight first.
+    The dense kernels are only asked where the built-in rules unpack the weight first, and nothing
+    for the product of a single row, whose kernel has one configuration.
     """
     target = target_of(device)
     for n, k in shapes:
@@ -94,6 +95,8 @@ def problems(
             for op, dense, plan in zip(
                 ("linear", "linear_backward"), ("dense", "dense_backward"), plans, strict=True
             ):
+                if op == "linear" and tuning.linear_row(shape) is not None:
+                    continue
                 if plan is not None:
                     yield Problem(op, *layer)
                 elif tuning.carries_lora(dtype.itemsize, target):

@@ -46,19 +46,25 @@ class ElementwiseConfig:
 
 
 @dataclass(frozen=True)
-class DoubleQuantizeConfig:
-    chunks: int  # chunks of 256 sums that a program of the first kernel adds, one a thread
-    blocks: int  # blocks of 256 that a program of the second kernel encodes
-    unroll: int  # loads in flight while the chunk sums are added in order
+class RowConfig:
+    """Tiles of the kernel for a single row of x."""
+
+    block_n: int
+    block_k: int
     num_warps: int
 
 
-def quantize(bits: int) -> ElementwiseConfig:
-    """64 bfloat16 a thread: eight 16-byte loads in flight, and 16 instructions an element on sm_90
-    (18 with 32 elements) in 98 registers. A search among 255 thresholds, 54 instructions, has
-    little to gain, and spills with 64 float32 on sm_80.
-    """
-    return ElementwiseConfig(tile=8192 if bits == 4 else 4096, num_warps=4)
+@dataclass(frozen=True)
+class DoubleQuantizeConfig:
+    chunks: int  # chunks of 256 scales that a program of the first kernel adds
+    blocks: int  # blocks of 256 that a program of the second kernel encodes
+    sums: int  # chunk sums that are added at a time
+    num_warps: int
+
+
+def quantize() -> ElementwiseConfig:
+    """32 elements a thread: for 14336 x 4096 of bfloat16 on an H200 38 us, and 41 with 64."""
+    return ElementwiseConfig(tile=4096, num_warps=4)
 
 
 def dequantize() -> ElementwiseConfig:
@@ -69,8 +75,8 @@ def dequantize() -> ElementwiseConfig:
 
 
 def double_quantize() -> DoubleQuantizeConfig:
-    """One warp a program spreads the serial sums over as many SMs as there are."""
-    return DoubleQuantizeConfig(chunks=32, blocks=4, unroll=32, num_warps=4)
+    """A warp a chunk, and a warp a block."""
+    return DoubleQuantizeConfig(chunks=4, blocks=4, sums=1024, num_warps=4)
 
 
 def _ceil_pow2(x: int) -> int:
@@ -176,6 +182,16 @@ def linear(shape: Shape, target: Target) -> MatmulConfig | None:
     return MatmulConfig(block_m, block_n, block_k, warps, stages, split, permute)
 
 
+def linear_row(shape: Shape) -> RowConfig | None:
+    """How to multiply packed weights with a single row, or None: as ``linear`` says.
+
+    Each thread multiplies 256 weights a step with 32 values of x, eight rows of 16 bytes.
+    """
+    if shape.m != 1 or not shape.aligned or shape.itemsize != 2:
+        return None
+    return RowConfig(block_n=8, block_k=1024, num_warps=1)
+
+
 def twice(config: MatmulConfig, itemsize: int, target: Target) -> bool:
     """Whether ``linear`` multiplies a tile of weights with its tokens in two halves: where it has
     64 and mma.sync (not wgmma or tcgen05) would lay warps in a square.
@@ -242,6 +258,10 @@ def dense(
     if dropout and n % 4:
         # Every element then computes its own random words; 128 x 128 of them spill on sm_86.
         return MatmulConfig(64, 64, 32, num_warps=4, num_stages=3)
+    if k == 0:
+        # The term alone, for 2048 tokens and 14336 columns on an H200: 22 us, and 30 with the tiles
+        # of a product.
+        return MatmulConfig(64, 128, 32, num_warps=4, num_stages=1)
     # 128 accumulators a thread. Beside them random words spill on sm_80 and sm_90, and masks of a
     # ragged reduction on sm_90.
     wide = k % 64 == 0 and (not dropout or target.capability == 100)
