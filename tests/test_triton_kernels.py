@@ -208,6 +208,7 @@ def test_launches_of_one_kind_compile_once(monkeypatch: pytest.MonkeyPatch) -> N
             return first
 
     monkeypatch.setattr(triton_launch, "_compiled", {})
+    monkeypatch.setattr(triton_launch, "_parameters", {})
     kernel, x = Kernel(), torch.zeros(64)
 
     def launch(grid=(3,), x=x, m=32, scaling=1.0, block=64, **options) -> None:
@@ -394,8 +395,8 @@ def test_plans_cover_every_path(capability: int) -> None:
     assert plans[257, 2] is None and plans[9, 4] is None
     assert plans[1, 2] is not None and plans[1, 2].split > 1
     assert (plans[9, 2] is not None) == (capability >= 80)
-    assert plans[1, 2].permute == (capability == 90)
     if capability >= 80:
+        assert plans[9, 2].permute == (capability == 90)
         halves = {m: tuning.twice(plans[m, 2], 2, target) for m in (1, 9, 40)}
         assert halves == {1: False, 9: False, 40: capability == 80}
         tiles = {m: plan.block_m for (m, itemsize), plan in plans.items() if m == 100 and plan}

@@ -117,10 +117,15 @@ def launch(
         options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": not exact}
         kernel[grid](**args, **options)
         return
+    if device.index == torch.cuda.current_device():  # a guard takes 5 us, a launch 40
+        launch_compiled(kernel, grid, args, device, num_warps, num_stages, exact)
+        return
     with torch.cuda.device(device):
         launch_compiled(kernel, grid, args, device, num_warps, num_stages, exact)
 
 
+# Name and whether it is constexpr of each parameter, by the identity of a kernel: its hash is slow.
+_parameters: dict[int, tuple[tuple[str, bool], ...]] = {}
 # By everything that Triton specializes a kernel on.
 _compiled: dict[tuple[Any, ...], Any] = {}
 
@@ -139,20 +144,21 @@ def launch_compiled(
     """
     key: list[Any] = [id(kernel), device, num_warps, num_stages, exact]
     values: list[Any] = []
-    for param in kernel.params:
-        value = args[param.name]
-        if isinstance(value, Tensor):
-            value_key: Any = value.dtype
+    parameters = _parameters.get(id(kernel))
+    if parameters is None:
+        parameters = tuple((param.name, param.is_constexpr) for param in kernel.params)
+        _parameters[id(kernel)] = parameters
+    for name, is_constexpr in parameters:
+        value = args[name]
+        if is_constexpr or value is None:
+            key.append(value)
+        elif isinstance(value, Tensor):
+            key.append(value.dtype)
             value = value.data_ptr()
             key.append(value % 16 == 0)
-        elif param.is_constexpr or value is None:
-            value_key = value
         elif isinstance(value, int):
             key.append(-1 if value == 1 else value % 16 == 0)
-            value_key = value.bit_length() // 32
-        else:
-            value_key = None
-        key.append(value_key)
+            key.append(value.bit_length() // 32)
         values.append(value)
     found = tuple(key)
     compiled = _compiled.get(found)
