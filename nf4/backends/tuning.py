@@ -106,22 +106,29 @@ def tensor_cores(itemsize: int, target: Target) -> bool:
     return itemsize == 2 and target.capability >= 80
 
 
-def _split(programs: int, steps: int, partial_bytes: int, weight_bytes: int, sm_count: int) -> int:
+def _split(
+    programs: int,
+    steps: int,
+    partial_bytes: int,
+    weight_bytes: int,
+    sm_count: int,
+    resident: int = 4,
+) -> int:
     """Parts of the reduction: a power of two.
 
     At least four steps a part, so that the pipeline fills, and no more bytes of partial sums,
     written and read once, than bytes of weights. Within that, the fewest steps on the busiest SM
-    (112 tiles of 64 steps on 132 SMs: 64 in 4 parts, 56 in 8), and four programs an SM where that
-    costs none, so that enough loads are in flight.
+    (112 tiles of 64 steps on 132 SMs: 64 in 4 parts, 56 in 8), and ``resident`` programs an SM
+    where that costs none, so that enough loads are in flight.
     """
-    by_device = 8 * sm_count // programs
+    by_device = max(8, resident) * sm_count // programs
     by_steps = steps // 4
     by_bytes = weight_bytes // (2 * partial_bytes)
     most = _floor_pow2(min(by_device, by_steps, by_bytes, 64))
 
     def cost(split: int) -> tuple[int, bool, int]:
         busiest = -(-programs * split // sm_count) * -(-steps // split)
-        return busiest, programs * split > 4 * sm_count, -split
+        return busiest, programs * split > resident * sm_count, -split
 
     return min((1 << i for i in range(most.bit_length())), key=cost)
 
@@ -137,6 +144,9 @@ _LINEAR = (
 # Where the accumulators of mma.sync would leave no registers: 8.9 instructions a weight for 128
 # tokens, for 5.8 to 6.0 twice.
 _LINEAR_WIDE = (128, 128, 8)
+# (block_n, warps) for up to 8 tokens: mma.sync in many programs of one warp, which do not wait for
+# each other. On an H200 24 us for 14336 x 4096, where wgmma takes 30.
+_LINEAR_FEW_90 = (32, 1)
 # Fused, a weight costs about 7 instructions for each tile of 64 tokens and 0.52 bytes; through a
 # workspace 4.6 bytes more and none. By the rates of H200 and A100 the two meet between 256 and 512
 # tokens (counted, not timed).
@@ -168,6 +178,8 @@ def linear(shape: Shape, target: Target) -> MatmulConfig | None:
         _, block_m, block_n, warps = next(c for c in _LINEAR if c[0] is None or shape.m <= c[0])
         if shape.m > 64 and target.capability == 100:
             block_m, block_n, warps = _LINEAR_WIDE
+        if shape.m <= 8 and target.capability == 90:
+            block_n, warps = _LINEAR_FEW_90
         block_k, stages = min(shape.block_size, 64), 4
     elif shape.m <= _PLAIN_FUSED_ROWS:
         block_m, block_n, block_k, warps, stages = 8, 32, 32, 4, 2
@@ -175,10 +187,17 @@ def linear(shape: Shape, target: Target) -> MatmulConfig | None:
         return None
     programs = -(-shape.n // block_n) * -(-shape.m // block_m)
     partial_bytes = 4 * shape.m * shape.n
-    split = _split(programs, shape.k // block_k, partial_bytes, weight_bytes, target.sm_count)
+    split = _split(
+        programs,
+        shape.k // block_k,
+        partial_bytes,
+        weight_bytes,
+        target.sm_count,
+        resident=16 if warps == 1 else 4,
+    )
     # Only wgmma takes weights from registers in an order that a permuted reduction makes wide:
     # 5.9 for 6.4 instructions a weight on sm_90 with 64 tokens (static counts).
-    permute = target.capability == 90 and tensor_cores(shape.itemsize, target)
+    permute = target.capability == 90 and tensor_cores(shape.itemsize, target) and warps >= 4
     return MatmulConfig(block_m, block_n, block_k, warps, stages, split, permute)
 
 
