@@ -416,6 +416,23 @@ def test_splits_fill_the_device() -> None:
             assert steps // plan.split >= 4
 
 
+def test_wide_tiles_of_grad_y() -> None:
+    """As measured where they were, and elsewhere as for every device."""
+    hopper, ampere = tuning.Target(90, 132), tuning.Target(80, 108)
+    plan = tuning.lora_grad_y(2048, 14336, 16, 2, hopper)
+    assert (plan.block_m, plan.block_n, plan.num_warps, plan.split) == (64, 512, 8, 8)
+    for arguments in (
+        (2048, 1024, 16, 2, hopper),
+        (512, 14336, 16, 2, hopper),
+        (2048, 14336, 64, 2, hopper),
+        (2048, 14336, 16, 4, hopper),
+        (2048, 14336, 16, 2, ampere),
+    ):
+        m, n, r, itemsize, target = arguments
+        same = tuning.lora_grad(m, n, r, False, itemsize, target)
+        assert tuning.lora_grad_y(*arguments) == same
+
+
 @pytest.mark.parametrize("block_size", formats.BLOCK_SIZES)
 def test_plans_are_valid(block_size: int) -> None:
     """What kernels rely on: tiles divide blocks, and every part of a split has work."""

@@ -114,7 +114,7 @@ def lora_grad_y(
     """
     m, n = grad_y.shape
     r, device = lora_b.shape[1], grad_y.device
-    config = tuning.lora_grad(m, n, r, False, grad_y.dtype.itemsize, target_of(device))
+    config = tuning.lora_grad_y(m, n, r, grad_y.dtype.itemsize, target_of(device))
     tiles = cdiv(n, config.block_n)
     ds = grad_y.new_empty(tiles, m, r, dtype=torch.float32)
     db = grad_y.new_empty(config.split, n, r, dtype=torch.float32) if s is not None else None

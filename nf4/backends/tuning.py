@@ -7,7 +7,7 @@ on the user's own device (``tuning_table``) comes first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from nf4.backends import tuning_table
@@ -320,6 +320,20 @@ def lora_down(m: int, k: int, r: int, itemsize: int, target: Target) -> MatmulCo
     programs = -(-m // block_m) * -(-r // block_n)
     split = _split(programs, -(-k // block_k), 4 * m * r, itemsize * m * k, target.sm_count)
     return MatmulConfig(block_m, block_n, block_k, warps, stages, split)
+
+
+def lora_grad_y(m: int, n: int, r: int, itemsize: int, target: Target) -> MatmulConfig:
+    """``lora_grad`` of the pass over grad_y, which writes partial sums of ds for each tile of n."""
+    plan = lora_grad(m, n, r, False, itemsize, target)
+    if target.capability != 90 or itemsize != 2 or lora_tile(r) == 64 or min(m, n) < 2048:
+        return plan
+    # With 512 columns 47 us for 2048 tokens of 14336 on an H200, 54 with 256, and 73 with 128.
+    block_n = 512 if n >= 8192 else 256
+    programs = -(-n // block_n)
+    split = _split(programs, -(-m // plan.block_m), 4 * r, 2 * m, target.sm_count)
+    # Two programs an SM, whose partial sums of dB cost more than a third one hides.
+    split = min(split, _floor_pow2(2 * target.sm_count // programs))
+    return replace(plan, block_n=block_n, num_warps=8, split=split)
 
 
 def lora_grad(
