@@ -40,13 +40,6 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "benchmarks" / "results" / "cuda_static.csv"
 BYTES_A_CLOCK = 4.3e12 / 132 / 1.98e9
 NF4_BYTES = 0.5 + 1 / 64 + 4 / 16384  # of a weight with nested scales
-# Kernels that spill, and how many bytes: (arch, demangled kernel). Shape<4, 2, 8, 2> runs on sm_75
-# only.
-KNOWN_SPILLS = {
-    ("100", r"backward_tile_kernel<\S+, .*Shape<4, 2, 8, 2, true>"): 32,
-    ("120", r"backward_tile_kernel<\S+, .*Shape<4, 2, 8, [24], true>"): 16,
-    ("120", r"linear_group_kernel<\S+, .*ForwardShape<4, 2, 2, 8, 1, 3, 1, true>"): 28,
-}
 
 
 @dataclass(frozen=True)
@@ -237,15 +230,10 @@ def row(arch: str, target: Target, code: list[str], used: tuple[int, int, int]) 
 
 
 def spilling(arch: str, used: dict[str, tuple[int, int, int]]) -> list[str]:
-    """What spills more than KNOWN_SPILLS says."""
+    """The kernels that spill registers, and how many bytes."""
     names = dict(zip(used, demangle(list(used)), strict=True))
-    out = []
-    for name, (_, spills, _) in used.items():
-        text = names[name]
-        known = (n for (a, k), n in KNOWN_SPILLS.items() if a == arch and re.search(k, text))
-        if spills > next(known, 0):
-            out.append(f"sm_{arch} {text}: {spills} bytes")
-    return out
+    spills = {name: count for name, (_, count, _) in used.items() if count > 0}
+    return [f"sm_{arch} {names[name]}: {count} bytes" for name, count in spills.items()]
 
 
 def measure(archs: list[str], peer: Path | None) -> list[Row]:

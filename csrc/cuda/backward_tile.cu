@@ -49,15 +49,16 @@ class BackwardLoader {
 
   __device__ __forceinline__ void load(const TileArguments& p, unsigned char* weights,
                                        unsigned char* tokens) {
+    const int64_t n = first_n();
     const uint8_t* weight = weight_;
 #pragma unroll
     for (int i = 0; i < kWeightCopies; ++i) {
       const int row = threadIdx.x / kPieces + i * kWeightRows;
       cp_async16(weights + (row % 8 * 4 + row / 8) * S::kWeightRow + threadIdx.x % kPieces * 16,
-                 weight, columns_inside_ && n_ + row < p.n ? 16 : 0);
+                 weight, columns_inside_ && n + row < p.n ? 16 : 0);
       weight += kWeightRows * (p.k / 2);
     }
-    const bool inside = n_ + threadIdx.x % 4 * 8 < p.n;
+    const bool inside = n + threadIdx.x % 4 * 8 < p.n;
     const T* token = token_;
 #pragma unroll
     for (int i = 0; i < kTokenCopies; ++i) {
@@ -72,7 +73,6 @@ class BackwardLoader {
     if (at_.step == 0) {
       enter_tile(p);
     } else {
-      n_ += S::kStep;
       weight_ += S::kStep * (p.k / 2);
       token_ += S::kStep;
     }
@@ -86,21 +86,22 @@ class BackwardLoader {
   static constexpr int kTokenCopies = (S::kTokens + kTokenRows - 1) / kTokenRows;
   static_assert(kWeightCopies * kWeightRows == S::kStep);
 
+  __device__ __forceinline__ int64_t first_n() const {
+    return static_cast<int64_t>(at_.step) * S::kStep;
+  }
   __device__ __forceinline__ void enter_tile(const TileArguments& p) {
     const TilePosition tile = position<S>(p, at_.tile);
-    n_ = static_cast<int64_t>(at_.step) * S::kStep;
     const int64_t column = tile.row_tile * S::kRows + threadIdx.x % kPieces * 32;
     columns_inside_ = column < p.k;
     const int64_t first_token = tile.token_tile * S::kTokens;
     const int64_t tokens = p.m - first_token;
     tokens_left_ = tokens < S::kTokens ? static_cast<int>(tokens) : S::kTokens;
-    weight_ = p.packed + (n_ + threadIdx.x / kPieces) * (p.k / 2) + column / 2;
-    token_ = static_cast<const T*>(p.in) + (first_token + threadIdx.x / 4) * p.n + n_ +
+    weight_ = p.packed + (first_n() + threadIdx.x / kPieces) * (p.k / 2) + column / 2;
+    token_ = static_cast<const T*>(p.in) + (first_token + threadIdx.x / 4) * p.n + first_n() +
              threadIdx.x % 4 * 8;
   }
 
   Cursor at_;
-  int64_t n_;
   int tokens_left_;
   bool columns_inside_;
   const uint8_t* weight_;
@@ -113,14 +114,14 @@ class BackwardScales {
  public:
   __device__ __forceinline__ BackwardScales(const TileArguments& p, const Place<S>& place,
                                             int step) {
-    n_ = static_cast<int64_t>(step) * S::kStep + 8 * place.t + place.g;
-    inside_ = place.row_base < p.k;
-    flat_ = n_ * p.k + place.row_base;
+    inside_ = place.row_base() < p.k;
+    flat_ = (static_cast<int64_t>(step) * S::kStep + row()) * p.k + place.row_base();
   }
-  __device__ __forceinline__ void load(const TileArguments& p) {
+  // Of the step after the one before.
+  __device__ __forceinline__ void load(const TileArguments& p, int step) {
     raw_.clear();
-    if (inside_ && n_ < p.n) raw_.load(p.scales, flat_ >> p.log2_block);
-    n_ += S::kStep;
+    const bool inside = static_cast<int64_t>(step) * S::kStep + row() < p.n;
+    if (inside_ && inside) raw_.load(p.scales, flat_ >> p.log2_block);
     flat_ += S::kStep * p.k;
   }
   __device__ __forceinline__ void decode(const float* map, float offset, bool is_nested,
@@ -129,7 +130,9 @@ class BackwardScales {
   }
 
  private:
-  int64_t n_, flat_;
+  // Of a step, as the lane has it.
+  static __device__ __forceinline__ int row() { return threadIdx.x % 4 * 8 + threadIdx.x % 32 / 4; }
+  int64_t flat_;
   bool inside_;
   RawScale raw_;
 };
@@ -185,14 +188,18 @@ __device__ __forceinline__ void start_with_lora(Accumulators<S>& acc, const Tile
                                                 const Place<S>& place) {
   add_up<T, true>(
       acc, p.up, p.k, p.m, [&](int rt, int half) { return place.row(rt, half); },
-      [&](int tt) { return place.token_base + tt * 8 + place.g; });
+      [&](int tt) { return place.token_base() + tt * 8 + place.g; });
   if (p.up.dropout.seed == nullptr) return;
   const int64_t seed = *p.up.dropout.seed;
 #pragma unroll
   for (int tt = 0; tt < S::kTokenTiles; ++tt) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int64_t first = (place.first_token() + tt * 8 + e) * p.k + place.row(0, 0);
+      const int64_t token = place.first_token() + tt * 8 + e;
+      // A branch a token also keeps the compiler from weaving all masks together, for which it has
+      // no registers.
+      if (token >= p.m) continue;
+      const int64_t first = token * p.k + place.row(0, 0);
 #pragma unroll
       for (int quarter = 0; quarter < 2; ++quarter) {
         float mask[4];

@@ -31,6 +31,7 @@ struct FewShape {
   static constexpr int kThreads = 32 * (kStreams + 1);
   static constexpr int kOwnRows = 2 * kRowTiles;  // of a lane
   static constexpr int kRows = 16 * kRowTiles, kTokens = 8 * kTokenTiles;
+  static constexpr int kWarpsToken = 1, kWarpRows = 0;  // the warp that stores has the whole tile
   static constexpr bool kManyTokens = false;
   static constexpr int kTable = 256 * 32 * 4;
   static constexpr int kMap = 256 * 4;
@@ -415,7 +416,7 @@ __device__ __forceinline__ void finish_tiles(const FewCta<S>& cta, const FewDown
       }
     }
     const OwnTile own = cta.own(tile);
-    const Place<S> at(own.tile * S::kRows, 0);
+    const Place<S> at(TilePosition{own.tile, 0});
     Forward<T, S>::finish(total, own.p, at);
     store_tile<T, S>(total, own.p, at);
   }

@@ -149,7 +149,8 @@ class ForwardScales {
     const int64_t rows = p.n - place.row(0, 0);
     rows_left_ = rows < 0 ? 0 : rows < 2 * S::kRowTiles ? static_cast<int>(rows) : 2 * S::kRowTiles;
   }
-  __device__ __forceinline__ void load(const TileArguments& p) {
+  // Of the step after the one before.
+  __device__ __forceinline__ void load(const TileArguments& p, int) {
 #pragma unroll
     for (int i = 0; i < 2 * S::kRowTiles; ++i) {
       raw_[i].clear();
@@ -252,7 +253,7 @@ __device__ __forceinline__ void store_tile(const Accumulators<S>& acc, const Til
   for (int tt = 0; tt < S::kTokenTiles; ++tt) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int64_t token = place.token_base + tt * 8 + 2 * place.t + e;
+      const int64_t token = place.token_base() + tt * 8 + 2 * place.t + e;
       if (token >= p.m) continue;
 #pragma unroll
       for (int rt = 0; rt < S::kRowTiles; ++rt) {
@@ -298,7 +299,7 @@ struct Forward {
     if (p.tasks != 0) wait_for_tasks(p.counters, p.tasks);
     add_up<T, false>(
         acc, p.up, p.n, p.m, [&](int rt, int half) { return place.row(rt, half); },
-        [&](int tt) { return place.token_base + tt * 8 + place.g; });
+        [&](int tt) { return place.token_base() + tt * 8 + place.g; });
   }
   static __device__ __forceinline__ void store(const Accumulators<S>& acc, const TileArguments& p,
                                                const Place<S>& place) {

@@ -58,18 +58,18 @@ inline Schedule make_long_schedule(int64_t tiles, int64_t steps, int cluster) {
   return {tiles, static_cast<int>(steps), ctas, whole};
 }
 
-// Walks over the units of a CTA.
+// Walks over the units of a CTA. What the schedule knows stays in the kernel's constant parameters:
+// a loop has two of these, and no register to spare.
 struct Cursor {
+  const Schedule& schedule;
+  const int& steps;
   int64_t tile;
   int step;
-  int steps;
-  int64_t stride;
 
-  __device__ Cursor(const Schedule& s, int64_t cta) : steps(s.steps) {
+  __device__ Cursor(const Schedule& s, int64_t cta) : schedule(s), steps(s.steps) {
     const int64_t first = s.whole_tiles ? cta * s.steps : s.begin(cta);
     tile = first / s.steps;
     step = static_cast<int>(first % s.steps);
-    stride = s.whole_tiles ? s.ctas : 1;
   }
   __device__ __forceinline__ void advance() {
     if (++step == steps) leave();
@@ -77,7 +77,7 @@ struct Cursor {
   // On to the start of the next tile.
   __device__ __forceinline__ void leave() {
     step = 0;
-    tile += stride;
+    tile += schedule.whole_tiles ? schedule.ctas : 1;
   }
 };
 

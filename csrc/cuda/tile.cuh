@@ -71,20 +71,25 @@ __device__ __forceinline__ TilePosition position(const TileArguments& p, int64_t
 // thread owns 2 * kRowTiles consecutive ones.
 template <typename S>
 struct Place {
-  int64_t row_base, token_base;  // of the warp
+  int row_tile, token_tile;
   int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 
-  __device__ Place(int64_t row_base, int64_t token_base)
-      : row_base(row_base), token_base(token_base) {}
-  __device__ Place(const TileArguments& p, int64_t tile) {
-    const TilePosition at = position<S>(p, tile);
-    const int warp = threadIdx.x / 32;
-    row_base = at.row_tile * S::kRows + warp / S::kWarpsToken * S::kWarpRows;
-    token_base = at.token_tile * S::kTokens + warp % S::kWarpsToken * (8 * S::kTokenTiles);
+  __device__ explicit Place(const TilePosition& at)
+      : row_tile(static_cast<int>(at.row_tile)), token_tile(static_cast<int>(at.token_tile)) {}
+  __device__ Place(const TileArguments& p, int64_t tile) : Place(position<S>(p, tile)) {}
+  // Of the warp. Worked out anew where they are asked for: as 64 bits each they would lie in
+  // registers through the main loop.
+  __device__ __forceinline__ int64_t row_base() const {
+    return static_cast<int64_t>(row_tile) * S::kRows +
+           threadIdx.x / 32 / S::kWarpsToken * S::kWarpRows;
   }
-  __device__ int64_t first_token() const { return token_base + 2 * t; }
+  __device__ __forceinline__ int64_t token_base() const {
+    return static_cast<int64_t>(token_tile) * S::kTokens +
+           threadIdx.x / 32 % S::kWarpsToken * (8 * S::kTokenTiles);
+  }
+  __device__ int64_t first_token() const { return token_base() + 2 * t; }
   __device__ int64_t row(int rt, int half) const {
-    return row_base + g * 2 * S::kRowTiles + 2 * rt + half;
+    return row_base() + g * 2 * S::kRowTiles + 2 * rt + half;
   }
 };
 
@@ -126,11 +131,12 @@ __device__ __forceinline__ void run_tiles(const Arguments& all, int format, cons
   unsigned char* tokens = carve.take<unsigned char>(S::kStages * S::kTokenStage);
 
   const int64_t cta = blockIdx.x;
-  const int64_t count = common.schedule.count(cta);
+  // Units to do. 32 bits: registers are short here, and 2^31 units would take an SM half an hour.
+  auto left = static_cast<int>(common.schedule.count(cta));
   typename Kernel::Loader loader(all, cta);
 #pragma unroll
   for (int stage = 0; stage < S::kStages - 1; ++stage) {
-    if (stage < count) {
+    if (stage < left) {
       loader.load(all, weights + stage * S::kWeightStage, tokens + stage * S::kTokenStage);
     }
     cp_async_commit();
@@ -141,46 +147,48 @@ __device__ __forceinline__ void run_tiles(const Arguments& all, int format, cons
 
   Cursor at(common.schedule, cta);
   int stage = 0;
-  for (int64_t done = 0; done < count;) {
+  while (left > 0) {
     const OwnTile own = own_tile(all, at.tile);
     const TileArguments& p = own.p;
+    const Place<S> place(p, own.tile);
+    const bool from_start = at.step == 0;
+    const int last = at.step + left;
+    Accumulators<S> acc = {};
+    if (from_start) Kernel::start(acc, p, place);  // first: with dropout it needs all registers
     const bool is_nested = p.scales.nested_absmax != nullptr;
     const float offset = is_nested ? p.scales.offset[0] : 0.0f;
-    const Place<S> place(p, own.tile);
-    const int64_t to_end = at.steps - at.step, to_leave = count - done;
-    const int steps = static_cast<int>(to_end < to_leave ? to_end : to_leave);
     typename Kernel::TileScales scales(p, place, at.step);
-    scales.load(p);
-    Accumulators<S> acc = {};
-    if (at.step == 0) Kernel::start(acc, p, place);
+    scales.load(p, at.step);
+    const auto more = [&](int step) { return step < at.steps && step < last; };
 #pragma unroll 1
-    for (int i = 0; i < steps; ++i) {
+    for (; more(at.step); ++at.step) {
 #if !defined(NF4_PLANT_MISSING_WAIT)
       cp_async_wait<S::kStages - 2>();
 #endif
 #if !defined(NF4_PLANT_MISSING_BARRIER)
       __syncthreads();  // the stage has landed for all, and all have left the one loaded next
 #endif
-      if (done + i + S::kStages - 1 < count) {
+      if (at.step + S::kStages - 1 < last) {
         const int to = stage == 0 ? S::kStages - 1 : stage - 1;
         loader.load(all, weights + to * S::kWeightStage, tokens + to * S::kTokenStage);
       }
       cp_async_commit();
       typename Kernel::Scale scale;
       scales.decode(map, offset, is_nested, scale);
-      if (i + 1 < steps) scales.load(p);
+      if (more(at.step + 1)) scales.load(p, at.step + 1);
       Kernel::step(acc, table, weights + stage * S::kWeightStage, tokens + stage * S::kTokenStage,
                    scale);
       stage = stage + 1 == S::kStages ? 0 : stage + 1;
     }
 
-    if (steps == to_end) Kernel::finish(acc, p, place);
-    if (steps == at.steps) {
+    const bool to_end = at.step == at.steps;
+    if (to_end) Kernel::finish(acc, p, place);
+    if (from_start && to_end) {
       Kernel::store(acc, p, place);
     } else {
-      store_partial<S>(acc, p.partial, partial_slot(cta, at.step != 0), place.first_token(), p.m);
+      store_partial<S>(acc, p.partial, partial_slot(cta, !from_start), place.first_token(), p.m);
     }
-    done += steps;
+    left = last - at.step;
     at.leave();
   }
   cp_async_wait<0>();
@@ -194,9 +202,9 @@ __device__ __forceinline__ void run_sums(const Arguments& all) {
   const int64_t tile = blockIdx.x;
   const OwnTile own = own_tile(all, tile);
   const TileArguments& p = own.p;
-  const int64_t first_token = Place<S>(p, own.tile).first_token();
-  if (sum_partials<S>(acc, p.schedule, p.partial, tile, first_token, p.m)) {
-    Kernel::store(acc, p, Place<S>(p, own.tile));
+  const Place<S> place(p, own.tile);
+  if (sum_partials<S>(acc, p.schedule, p.partial, tile, place.first_token(), p.m)) {
+    Kernel::store(acc, p, place);
   }
 }
 
