@@ -60,7 +60,7 @@ class Target:
 
 def _forward(tokens: int, shape: str, elements: int, limit: float | None = None) -> Target:
     kernel = rf"linear_tile_kernel<__nv_bfloat16, .*Shape<{shape}>"
-    return Target(f"linear, {tokens} tokens", "linear_tile", kernel, "HMMA", elements, limit)
+    return Target(f"linear tile, {tokens} tokens", "linear_tile", kernel, "HMMA", elements, limit)
 
 
 def _hopper(tokens: int, tile: str, weights: str, elements: int) -> Target:
@@ -70,9 +70,11 @@ def _hopper(tokens: int, tile: str, weights: str, elements: int) -> Target:
     return Target(name, "hopper_tile", kernel, "HGMMA", elements, tokens / 16, ("90a",))
 
 
-def _few(tokens: int, shape: str, elements: int, limit: float | None = None) -> Target:
+def _few(tokens: int, shape: str, archs: tuple[str, ...], limit: float | None = None) -> Target:
+    """A unit of 32 rows by 256; ``archs`` have the shared memory for it."""
     kernel = rf"linear_few_kernel<__nv_bfloat16, .*Shape<{shape}, false>"
-    return Target(f"linear, {tokens} tokens", "linear_few", kernel, "HMMA", elements, limit)
+    name = f"linear, {tokens} tokens"
+    return Target(name, "linear_few", kernel, "HMMA", 32 * 256, limit, archs)
 
 
 def _group(tokens: int, shape: str, elements: int, limit: float | None = None) -> Target:
@@ -96,8 +98,11 @@ TARGETS = (
         r"quantize_kernel<__nv_bfloat16, 0, 8>", "path", 1024, 13.0, bytes=2.5625,
     ),
     # Weights that a warp decodes in one step, of 256 or 64 elements of K.
-    _few(8, "1, 1, 15, 3", 16 * 512, 4.0),  # a run of two units
-    _few(16, "2, 2, 11, 2", 32 * 256),
+    _few(8, "1, 11, 2", ("80", "90a", "100"), 4.0),
+    _few(16, "2, 11, 2", ("90a", "100")),
+    _few(32, "4, 7, 3", ("90a", "100")),
+    _forward(8, "8, 1, 1, 1, 4, 3, 2, false", 16 * 256, 4.0),
+    _forward(16, "8, 1, 1, 2, 4, 2, 2, false", 16 * 256),
     _forward(32, "8, 1, 1, 4, 4, 2, 1, false", 16 * 256),
     _forward(64, "4, 2, 2, 4, 1, 4, 1, false", 32 * 64),
     _forward(128, "4, 2, 2, 8, 1, 3, 1, true", 32 * 64),
@@ -107,6 +112,7 @@ TARGETS = (
     _hopper(256, "2, false, 5, false", "nf4", 16 * 128),
     _hopper(128, "1, true, 6, false", "16-bit", 16 * 64),
     _hopper(256, "2, true, 4, false", "16-bit", 16 * 64),
+    _group(8, "8, 1, 1, 1, 4, 3, 2, false", 16 * 256, 4.0),
     _group(64, "4, 2, 2, 4, 1, 4, 1, false", 32 * 64),
     Target(
         "linear_backward, 128 tokens", "backward_tile",

@@ -10,13 +10,15 @@ template <typename T, typename S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     linear_few_kernel(const __grid_constant__ GroupArguments all, int format,
                       const __grid_constant__ FewDown down) {
-  run_few<T, S>(all, format, down);
+  if constexpr (S::kShared <= kMostShared) run_few<T, S>(all, format, down);
 }
 
 template <bool kGroup>
-using Few8 = FewShape<1, 1, 15, 3, kGroup>;
+using Few8 = FewShape<1, 11, 2, kGroup>;
 template <bool kGroup>
-using Few16 = FewShape<2, 2, 11, 2, kGroup>;
+using Few16 = FewShape<2, 11, 2, kGroup>;
+template <bool kGroup>
+using Few32 = FewShape<4, 7, 3, kGroup>;
 
 template <typename Body>
 auto with_few_shape(int64_t m, int dtype, int count, const Body& body) {
@@ -24,8 +26,9 @@ auto with_few_shape(int64_t m, int dtype, int count, const Body& body) {
     return count == 1 ? body(element, one) : body(element, several);
   };
   const auto by_shape = [&](auto element) {
-    return m <= 8 ? by_count(element, Few8<false>(), Few8<true>())
-                  : by_count(element, Few16<false>(), Few16<true>());
+    if (m <= 8) return by_count(element, Few8<false>(), Few8<true>());
+    if (m <= 16) return by_count(element, Few16<false>(), Few16<true>());
+    return by_count(element, Few32<false>(), Few32<true>());
   };
   return dtype == NF4_FLOAT16 ? by_shape(__half()) : by_shape(__nv_bfloat16());
 }
@@ -34,6 +37,9 @@ auto with_few_shape(int64_t m, int dtype, int count, const Body& body) {
 
 bool few_forward_takes(const Matmul* members, int count) {
   if (count < 1 || count > kMaxMembers || device().compute_capability < 80) return false;
+  const size_t shared = with_few_shape(members[0].m, members[0].dtype, count,
+                                       [](auto, auto shape) -> size_t { return shape.kShared; });
+  if (shared > static_cast<size_t>(device().shared_bytes)) return false;
   for (int i = 0; i < count; ++i) {
     const Matmul& p = members[i];
     const nf4_weight& w = p.weight;

@@ -1,12 +1,11 @@
 // y = x W^T for few tokens, where reading the weight is all the work there is.
 //
-// One CTA an SM, whole tiles of 16 or 32 rows of the weight each, so that no partial sums go
-// through global memory and no second kernel adds them. The tiles of a CTA, laid end to end, are
-// cut into runs of kRun units of 256 elements of K; stream w of kStreams warps takes every
-// kStreams-th run. It copies its weights to stages of its own, kAhead units ahead and past L1,
-// where x stays, and never waits for another stream: it hands the sums of a run to the last warp,
-// through two places of its own in shared memory. That warp adds the runs of a tile in their order,
-// and LoRA's up-projection, and stores.
+// One CTA an SM, whole tiles of 32 rows of the weight each, so that no partial sums go through
+// global memory and no second kernel adds them. The tiles of a CTA, laid end to end, are cut into
+// units of 256 elements of K; of kStreams warps each takes every kStreams-th. It copies its units
+// to stages of its own, kAhead ahead and past L1, where x stays, and never waits for another
+// stream: it hands the sums of a unit to the last warp, through two places of its own in shared
+// memory. That warp adds the units of a tile in their order, and LoRA's up-projection, and stores.
 //
 // mma.m16n8k16 with the weights as the 16-row operand and tokens as the 8 columns, as in
 // linear_tile.cuh, with another permutation of K: of each 64 elements, lane t of a quad owns the 16
@@ -21,32 +20,31 @@ namespace nf4::cuda {
 
 constexpr int kReserved = 1024;  // bytes of shared memory that the system takes first
 
-template <int kRowTiles_, int kTokenTiles_, int kStreams_, int kAhead_, bool kGroup_>
+template <int kTokenTiles_, int kStreams_, int kAhead_, bool kGroup_>
 struct FewShape {
-  static constexpr int kRowTiles = kRowTiles_, kTokenTiles = kTokenTiles_;
+  static constexpr int kRowTiles = 2, kTokenTiles = kTokenTiles_;
   static constexpr int kStreams = kStreams_, kAhead = kAhead_;
   static constexpr bool kGroup = kGroup_;  // several weights
-  static constexpr int kRun =
-      2 / kRowTiles;  // units: what one lane of a quad holds a row's scales of
   static constexpr int kThreads = 32 * (kStreams + 1);
   static constexpr int kOwnRows = 2 * kRowTiles;  // of a lane
   static constexpr int kRows = 16 * kRowTiles, kTokens = 8 * kTokenTiles;
   static constexpr int kWarpsToken = 1, kWarpRows = 0;  // the warp that stores has the whole tile
   static constexpr bool kManyTokens = false;
+  static constexpr int kAtOnce = kTokenTiles == 1 ? 4 : 2;  // chunks in registers
   static constexpr int kTable = 256 * 32 * 4;
   static constexpr int kMap = 256 * 4;
-  static constexpr int kPlaces = 2 * kStreams;  // for the sums of a run
+  static constexpr int kPlaces = 2 * kStreams;  // for the sums of a unit
   static constexpr int kFragments = kRowTiles * kTokenTiles;
   static constexpr int kSums = kPlaces * kFragments * 32 * 16;
   static constexpr int kBarriers = 2 * kPlaces * 8;
-  static constexpr int kStage = kRows * 128;  // a unit of all rows
+  static constexpr int kStage = kRows * 128;  // a unit
   // The table begins at a multiple of its size, so that an address in it is a bit-wise or.
   static constexpr int kTableAt = (kReserved + kSums + kTable - 1) / kTable * kTable;
   static constexpr int kShared =
       kTableAt - kReserved + kTable + kMap + kBarriers + kStreams * kAhead * kStage;
 };
 
-constexpr int kUnit = 256;                   // elements of K
+constexpr int kUnit = 256;                   // elements of K, of all rows of a tile
 constexpr int kUnitChunks = kUnit / kChunk;  // each under one scale
 constexpr int kUnitBytes = kUnit / 2;        // of a row
 
@@ -54,7 +52,7 @@ constexpr int kUnitBytes = kUnit / 2;        // of a row
 template <typename S>
 struct FewCta {
   const GroupArguments& all;
-  int units, runs, tiles;  // of a row, of a tile, of the CTA
+  int units, tiles;  // of a tile, of the CTA
   const uint32_t* table;
   const float* map;
   float4* sums;
@@ -68,25 +66,24 @@ struct FewCta {
   }
 };
 
-// A run of this stream: the how-manieth tile of the CTA, and which of its runs.
+// A unit of this stream: the how-manieth tile of the CTA, and which of its units.
 template <typename S>
-struct Run {
-  int tile, run;
+struct Unit {
+  int tile, unit;
 
-  __device__ __forceinline__ explicit Run(const FewCta<S>& cta)
-      : tile(0), run(static_cast<int>(threadIdx.x / 32)) {
+  __device__ __forceinline__ explicit Unit(const FewCta<S>& cta)
+      : tile(0), unit(static_cast<int>(threadIdx.x / 32)) {
     wrap(cta);
   }
   __device__ __forceinline__ void advance(const FewCta<S>& cta) {
-    run += S::kStreams;
+    unit += S::kStreams;
     wrap(cta);
   }
-  __device__ __forceinline__ int unit() const { return run * S::kRun; }
 
  private:
   __device__ __forceinline__ void wrap(const FewCta<S>& cta) {
-    while (run >= cta.runs) {
-      run -= cta.runs;
+    while (unit >= cta.units) {
+      unit -= cta.units;
       ++tile;
     }
   }
@@ -120,23 +117,21 @@ class FewLoader {
         cp_async16(to + at * 128 + moved(piece / 2, at) * 32 + piece % 2 * 16,
                    from_ + i * four_rows_, at < rows_left_ ? 16 : 0);
       }
-      from_ += kUnitBytes;
-      if (++unit_ == end_) {
-        at_.advance(cta);
-        enter(cta);
-      }
+      at_.advance(cta);
+      enter(cta);
     }
     cp_async_commit();
   }
-  // The words of a unit in `stage`, of this lane's rows.
-  __device__ __forceinline__ void read(int stage, uint2 (&words)[kUnitChunks][S::kOwnRows]) const {
+  // The words of chunks `first` on of the unit in `stage`, of this lane's rows.
+  __device__ __forceinline__ void read(int stage, int first,
+                                       uint2 (&words)[S::kAtOnce][S::kOwnRows]) const {
     const unsigned char* from = stages_ + stage * S::kStage;
 #pragma unroll
     for (int i = 0; i < S::kOwnRows; ++i) {
       const int at = static_cast<int>(threadIdx.x % 32 / 4) * S::kOwnRows + i;
 #pragma unroll
-      for (int c = 0; c < kUnitChunks; ++c) {
-        words[c][i] = *reinterpret_cast<const uint2*>(from + at * 128 + moved(c, at) * 32 +
+      for (int c = 0; c < S::kAtOnce; ++c) {
+        words[c][i] = *reinterpret_cast<const uint2*>(from + at * 128 + moved(first + c, at) * 32 +
                                                       threadIdx.x % 4 * 8);
       }
     }
@@ -154,38 +149,34 @@ class FewLoader {
     if (at_.tile >= cta.tiles) return;
     const OwnTile own = cta.own(at_.tile);
     const TileArguments& p = own.p;
-    unit_ = at_.unit();
-    end_ = unit_ + S::kRun < cta.units ? unit_ + S::kRun : cta.units;
     const int64_t first = own.tile * S::kRows;
     const int64_t rows = p.n - first;
     rows_left_ = rows < S::kRows ? static_cast<int>(rows) : S::kRows;
     const int64_t row_bytes = p.k / 2;
     four_rows_ = 4 * row_bytes;
-    from_ = p.packed + (first + row()) * row_bytes + unit_ * kUnitBytes + threadIdx.x % 8 * 16;
+    from_ = p.packed + (first + row()) * row_bytes + at_.unit * kUnitBytes + threadIdx.x % 8 * 16;
   }
 
-  Run<S> at_;
+  Unit<S> at_;
   unsigned char* stages_;  // of this warp
-  int unit_, end_, rows_left_;
+  int rows_left_;
   int64_t four_rows_;
   const uint8_t* from_;
 };
 
-// The scales of a run, loaded a run ahead. Lane t of a quad has those of one of its rows for the
-// four chunks of one unit: row t % kOwnRows, unit t / kOwnRows.
+// The scales of a unit, loaded a unit ahead. Lane t of a quad has those of the quad's row t for the
+// four chunks.
 template <typename S>
 class FewScales {
  public:
-  __device__ __forceinline__ void load(const FewCta<S>& cta, const Run<S>& at) {
-    const int t = threadIdx.x % 4;
-    const int unit = at.unit() + t / S::kOwnRows;
-    if (at.tile >= cta.tiles || unit >= cta.units) return;
+  __device__ __forceinline__ void load(const FewCta<S>& cta, const Unit<S>& at) {
+    static_assert(S::kOwnRows == 4);
+    if (at.tile >= cta.tiles) return;
     const OwnTile own = cta.own(at.tile);
     const TileArguments& p = own.p;
-    const int64_t row = own.tile * S::kRows + static_cast<int>(threadIdx.x % 32 / 4) * S::kOwnRows +
-                        t % S::kOwnRows;
+    const int64_t row = own.tile * S::kRows + threadIdx.x % 32;
     // Rows past the last take its scales; nothing reads what comes of them.
-    const int64_t chunk = (row < p.n ? row : p.n - 1) * (p.k / kChunk) + unit * kUnitChunks;
+    const int64_t chunk = (row < p.n ? row : p.n - 1) * (p.k / kChunk) + at.unit * kUnitChunks;
     const int shift = p.log2_block - kLog2Chunk;
     is_nested_ = p.scales.nested_absmax != nullptr;
     const auto* codes = static_cast<const uint8_t*>(p.scales.absmax);
@@ -265,20 +256,19 @@ __device__ __forceinline__ void load_tokens(FewTokens<S>& to, const T* const (&x
   }
 }
 
-// One unit on the fragments of the warp. `tokens` holds its first chunk, and at the end that of the
-// next unit: they are loaded a chunk ahead. `k` and `next_k` are where the units begin, `scale` is
-// of the rows and units that FewScales says, `first` the lane of a quad that has the first row's.
+// Chunks `start` on of a unit, on the fragments of the warp. `tokens` holds those of the first, and
+// at the end those of the chunk that follows: they are loaded a chunk ahead. `k` and `next_k` are
+// where this unit and the next one begin, `scale` is of the row that FewScales says.
 template <typename T, typename S>
-__device__ __forceinline__ void multiply_unit(float (&acc)[S::kRowTiles][S::kTokenTiles][4],
-                                              const uint2 (&unit)[kUnitChunks][S::kOwnRows],
-                                              const PairTable& table,
-                                              const float (&scale)[kUnitChunks], int first,
-                                              const T* const (&x)[S::kTokenTiles],
-                                              FewTokens<S>& tokens, int64_t k, int64_t next_k) {
-  // Few fragments hide little of a product's latency: two sums of half the length then.
-  constexpr int kSums = S::kFragments == 1 ? 2 : 1;
+__device__ __forceinline__ void multiply_chunks(float (&acc)[S::kRowTiles][S::kTokenTiles][4],
+                                                const uint2 (&words_of)[S::kAtOnce][S::kOwnRows],
+                                                const PairTable& table,
+                                                const float (&scale)[kUnitChunks], int start,
+                                                const T* const (&x)[S::kTokenTiles],
+                                                FewTokens<S>& tokens, int64_t k, int64_t next_k) {
 #pragma unroll
-  for (int c = 0; c < kUnitChunks; ++c) {
+  for (int i = 0; i < S::kAtOnce; ++i) {
+    const int c = start + i;
     FewTokens<S> ahead;
     load_tokens<T, S>(ahead, x, c + 1 < kUnitChunks ? k + (c + 1) * kChunk : next_k);
 #pragma unroll
@@ -287,8 +277,8 @@ __device__ __forceinline__ void multiply_unit(float (&acc)[S::kRowTiles][S::kTok
       uint32_t a[4][4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        s[half] = from_quad_lane(scale[c], first + 2 * rt + half);
-        const uint2 words = unit[c][2 * rt + half];
+        s[half] = from_quad_lane(scale[c], 2 * rt + half);
+        const uint2 words = words_of[i][2 * rt + half];
         const uint32_t word[2] = {words.x, words.y};
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
@@ -300,21 +290,16 @@ __device__ __forceinline__ void multiply_unit(float (&acc)[S::kRowTiles][S::kTok
       }
 #pragma unroll
       for (int tt = 0; tt < S::kTokenTiles; ++tt) {
-        float sums[kSums][4] = {};
+        float sum[4] = {};
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const uint32_t first[2] = {tokens[tt][j].x, tokens[tt][j].y};
           const uint32_t second[2] = {tokens[tt][j].z, tokens[tt][j].w};
-          mma_m16n8k16<T>(sums[j % kSums], a[2 * j], first);
-          mma_m16n8k16<T>(sums[j % kSums], a[2 * j + 1], second);
+          mma_m16n8k16<T>(sum, a[2 * j], first);
+          mma_m16n8k16<T>(sum, a[2 * j + 1], second);
         }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-#pragma unroll
-          for (int j = 0; j < kSums; ++j) {
-            acc[rt][tt][i] = fmaf(sums[j][i], s[i / 2], acc[rt][tt][i]);
-          }
-        }
+        for (int e = 0; e < 4; ++e) acc[rt][tt][e] = fmaf(sum[e], s[e / 2], acc[rt][tt][e]);
       }
     }
 #pragma unroll
@@ -325,7 +310,7 @@ __device__ __forceinline__ void multiply_unit(float (&acc)[S::kRowTiles][S::kTok
   }
 }
 
-// Stream `warp`: the products of its runs.
+// Stream `warp`: the products of its units.
 template <typename T, typename S>
 __device__ __forceinline__ void stream(const FewCta<S>& cta, FewLoader<S>& loader,
                                        FewScales<S>& raw_scales) {
@@ -341,32 +326,31 @@ __device__ __forceinline__ void stream(const FewCta<S>& cta, FewLoader<S>& loade
   int stage = 0, place = warp;
   uint32_t parity = 1;  // of the phase in which the place was left
   FewTokens<S> tokens;
-  Run<S> at(cta);
-  load_tokens<T, S>(tokens, x, at.unit() * kUnit);
+  Unit<S> at(cta);
+  load_tokens<T, S>(tokens, x, at.unit * kUnit);
 #pragma unroll 1
   while (at.tile < cta.tiles) {
     float scale[kUnitChunks];
     raw_scales.decode(cta.map, scale);
-    const int first = at.unit();
+    const int unit = at.unit;
     at.advance(cta);
     raw_scales.load(cta, at);
+    cp_async_wait<S::kAhead - 1>();
+    __syncwarp();  // the stage has landed for all lanes
     float acc[S::kRowTiles][S::kTokenTiles][4] = {};
 #pragma unroll
-    for (int u = 0; u < S::kRun; ++u) {
-      if (first + u >= cta.units) break;
-#if !defined(NF4_PLANT_MISSING_FEW_WAIT)
-      cp_async_wait<S::kAhead - 1>();
+    for (int c = 0; c < kUnitChunks; c += S::kAtOnce) {
+      uint2 words[S::kAtOnce][S::kOwnRows];
+      loader.read(stage, c, words);
+      if (c + S::kAtOnce == kUnitChunks) {
+#if !defined(NF4_PLANT_MISSING_STAGE_BARRIER)
+        __syncwarp();  // all lanes have left the stage
 #endif
-      __syncwarp();  // the stage has landed for all lanes
-      uint2 words[kUnitChunks][S::kOwnRows];
-      loader.read(stage, words);
-      __syncwarp();  // all lanes have left it
-      loader.load(cta, stage);
-      stage = stage + 1 == S::kAhead ? 0 : stage + 1;
-      const bool goes_on = u + 1 < S::kRun && first + u + 1 < cta.units;
-      multiply_unit<T, S>(acc, words, table, scale, u * S::kOwnRows, x, tokens, (first + u) * kUnit,
-                          (goes_on ? first + u + 1 : at.unit()) * kUnit);
+        loader.load(cta, stage);
+      }
+      multiply_chunks<T, S>(acc, words, table, scale, c, x, tokens, unit * kUnit, at.unit * kUnit);
     }
+    stage = stage + 1 == S::kAhead ? 0 : stage + 1;
 
     mbarrier_wait(cta.empty + place, parity);
     float4* to = cta.sums + place * S::kFragments * 32 + lane;
@@ -397,7 +381,7 @@ __device__ __forceinline__ void finish_tiles(const FewCta<S>& cta, const FewDown
   for (int tile = 0; tile < cta.tiles; ++tile) {
     float total[S::kRowTiles][S::kTokenTiles][4] = {};
 #pragma unroll 1
-    for (int run = 0; run < cta.runs; ++run) {
+    for (int unit = 0; unit < cta.units; ++unit) {
 #if !defined(NF4_PLANT_MISSING_SUM_WAIT)
       mbarrier_wait(cta.full + place, parity);
 #endif
@@ -436,9 +420,7 @@ __device__ __forceinline__ void run_few(const GroupArguments& all, int format,
   const int tiles = (total - static_cast<int>(blockIdx.x) - 1) / static_cast<int>(gridDim.x) + 1;
   const auto units = static_cast<int>(shared_part(all).k / kUnit);
   const bool streams = threadIdx.x / 32 < S::kStreams;
-  const FewCta<S> cta{all,   units, (units + S::kRun - 1) / S::kRun,
-                      tiles, table, map,
-                      sums,  full,  full + S::kPlaces};
+  const FewCta<S> cta{all, units, tiles, table, map, sums, full, full + S::kPlaces};
 
   FewLoader<S> loader(cta, stages);
   if (streams) loader.prefetch(cta);
@@ -451,7 +433,7 @@ __device__ __forceinline__ void run_few(const GroupArguments& all, int format,
   if (streams) {
 #pragma unroll
     for (int stage = 0; stage < S::kAhead; ++stage) loader.load(cta, stage);
-    scales.load(cta, Run<S>(cta));
+    scales.load(cta, Unit<S>(cta));
   }
   __syncthreads();
   if (streams) {

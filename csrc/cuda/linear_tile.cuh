@@ -1,5 +1,5 @@
-// y = x W^T on tensor cores, weights decoded in registers; from one token to any number, though few
-// tokens mostly go to linear_few.cuh.
+// y = x W^T on tensor cores, weights decoded in registers; from one token to any number. Few
+// tokens go to linear_few.cuh where it takes the weight and fits the device.
 //
 // mma.m16n8k16 with the weights as the 16-row operand and tokens as the 8 columns. The byte layout
 // of the weights is left as it is: K is permuted instead, in both operands alike. Of each 32
@@ -44,6 +44,8 @@ struct ForwardShape {
 };
 
 // rows x tokens; the largest fits the 99 KiB of sm_86, sm_89 and sm_120, the last sm_75's 64 KiB.
+using Tokens8 = ForwardShape<8, 1, 1, 1, 4, 3, 2, false>;   // 128 x 8
+using Tokens16 = ForwardShape<8, 1, 1, 2, 4, 2, 2, false>;  // 128 x 16
 using Tokens32 = ForwardShape<8, 1, 1, 4, 4, 2, 1, false>;  // 128 x 32
 using Tokens64 = ForwardShape<4, 2, 2, 4, 1, 4, 1, false>;  // 128 x 64
 using Tokens128 = ForwardShape<4, 2, 2, 8, 1, 3, 1, true>;  // 128 x 128
@@ -329,6 +331,8 @@ template <typename Body>
 auto with_forward_shape(int64_t m, int dtype, const Body& body) {
   const auto by_shape = [&](auto element) {
     if (device().compute_capability < 80) return body(element, Small());
+    if (m <= 8) return body(element, Tokens8());
+    if (m <= 16) return body(element, Tokens16());
     if (m <= 32) return body(element, Tokens32());
     if (m <= 64) return body(element, Tokens64());
     return body(element, Tokens128());

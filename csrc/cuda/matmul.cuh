@@ -61,7 +61,7 @@ int group_forward(const Matmul* members, int count, void* workspace, cudaStream_
 
 // The same for few tokens, k % 256 == 0, and one weight or several that share `in`, k and format
 // (linear_few.cu).
-constexpr int64_t kFewTokens = 16;
+constexpr int64_t kFewTokens = 32;
 bool few_forward_takes(const Matmul* members, int count);
 size_t few_forward_workspace(const Matmul* members, int count);
 int few_forward(const Matmul* members, int count, void* workspace, cudaStream_t stream);

@@ -99,7 +99,7 @@ __device__ __forceinline__ void prefetch_to_l2(const void* from) {
 #endif
 }
 
-// griddepcontrol: a kernel launched by launch_after (launch.cuh) may begin while the one before it
+// griddepcontrol: a kernel launched by launch_early (launch.cuh) may begin while the one before it
 // on the stream still runs, once that has called let_next_begin in every block. Nothing of what
 // that one writes may be read, and nothing that it reads written, before wait_for_previous. Both do
 // nothing in other launches, and before sm_90.

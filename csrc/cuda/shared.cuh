@@ -5,6 +5,20 @@
 
 namespace nf4::cuda {
 
+// Bytes that a block may ask for on the architecture compiled for: a kernel that wants more leaves
+// its body out there, and its launcher asks device().shared_bytes.
+#if defined(NF4_EMULATE) || !defined(__CUDA_ARCH__)
+constexpr int kMostShared = 227 * 1024;
+#elif __CUDA_ARCH__ == 750
+constexpr int kMostShared = 64 * 1024;
+#elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
+constexpr int kMostShared = 163 * 1024;
+#elif __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+constexpr int kMostShared = 227 * 1024;
+#else
+constexpr int kMostShared = 99 * 1024;
+#endif
+
 // Cuts arrays from the block's dynamic shared memory, in the same order in every thread. The
 // launcher passes the sum of the sizes; every array's size is a multiple of the next's alignment.
 class Carve {
