@@ -108,8 +108,8 @@ TARGETS = (
     _forward(128, "4, 2, 2, 8, 1, 3, 1, true", 32 * 64),
     # Warps of a warpgroup have 16 rows each; the fused loop holds two steps of 64 elements of K.
     _hopper(128, "1, false, 8, true", "nf4 nested", 16 * 128),
-    _hopper(256, "2, false, 5, true", "nf4 nested", 16 * 128),
-    _hopper(256, "2, false, 5, false", "nf4", 16 * 128),
+    _hopper(256, "2, false, 4, true", "nf4 nested", 16 * 128),
+    _hopper(256, "2, false, 4, false", "nf4", 16 * 128),
     _hopper(128, "1, true, 6, false", "16-bit", 16 * 64),
     _hopper(256, "2, true, 4, false", "16-bit", 16 * 64),
     _group(8, "8, 1, 1, 1, 4, 3, 2, false", 16 * 256, 4.0),

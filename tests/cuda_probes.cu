@@ -111,6 +111,31 @@ __global__ void tma_kernel(const __grid_constant__ TensorMap map, uint4* out, in
 #endif
 }
 
+// Two warpgroups write boxes of 8 rows of 64 elements, `steps` of them one after the other through
+// the same shared memory, to rows 8 * warpgroup of their columns.
+__global__ void __launch_bounds__(256)
+    tma_store_kernel(const __grid_constant__ TensorMap map, const uint4* in, int steps, int c1) {
+#if defined(NF4_HOPPER_CODE)
+  constexpr int kBox = 1024;
+  Carve carve;
+  auto* boxes = carve.take<unsigned char>(2 * kBox, 1024);
+  const int group = static_cast<int>(threadIdx.x / 128), lane = static_cast<int>(threadIdx.x % 128);
+  auto* own = reinterpret_cast<uint4*>(boxes + group * kBox);
+  for (int step = 0; step < steps; ++step) {
+    if (lane == 0) tma_store_wait();
+    warpgroup_sync();
+    if (lane < kBox / 16) own[lane] = in[(step * 2 + group) * (kBox / 16) + lane];
+    fence_async_shared();
+    warpgroup_sync();
+    if (lane == 0) {
+      tma_store(map, own, step * 64, c1 + group * 8);
+      tma_store_commit();
+    }
+  }
+  if (lane == 0) tma_store_wait();
+#endif
+}
+
 // Two CTAs load the halves of 8 rows of 64 elements for both, two stages in turn, `steps` steps of
 // K: out[CTA][step] is the stage as it lies in the shared memory of each.
 __global__ void __launch_bounds__(64)
@@ -335,6 +360,14 @@ int probe_cluster(const void* in, void* out, int64_t k) {
              ? status
              : launch_clusters(cluster_kernel, dim3(2), dim3(64), 2, 4096 + 32, nullptr, map,
                                static_cast<uint4*>(out), static_cast<int>((k + 63) / 64));
+}
+int probe_tma_store(void* out, const void* in, int64_t rows, int64_t columns, int c1) {
+  TensorMap map;
+  const int status = encode_matrix(out, rows, columns, 8, &map);
+  return status != 0
+             ? status
+             : launch(tma_store_kernel, dim3(1), dim3(256), 2048, nullptr, map,
+                      static_cast<const uint4*>(in), static_cast<int>((columns + 63) / 64), c1);
 }
 int probe_wgmma(const void* x, const void* w, const void* a, void* d, int64_t k, int is_bf16,
                 int by_rows, int halves) {

@@ -134,6 +134,11 @@ PLANTS = [
     ),
     ("MISSING_WGMMA_WAIT", "asan", "dx", WGMMA_WAIT),
     ("MISSING_MBARRIER_WAIT", "race", "dx", MBARRIER_WAIT),
+    # A stage given back to the own CTA alone, while the other one of the cluster copies to it.
+    ("LOCAL_RELEASE", "race", "hopper", r"race: |still writing|still reads|y: \d+ of"),
+    ("LOCAL_RELEASE", "asan", "dx", r"still writing|still reads|use-after-poison|dx: \d+ of"),
+    # Shared memory written again while TMA stores from it.
+    ("MISSING_STORE_WAIT", "race", "boxes", r"race: "),
     # Who reads s without waiting for the CTAs that compute it.
     ("MISSING_TASK_WAIT", "race", "lora", r"global memory: race"),
     # The barrier between landing and reading in the pass over grad_y and x.
@@ -147,6 +152,7 @@ PLANTED_TESTS = {
     "linear": ("linear", "test_two_runs_are_equal and cuda and bfloat16 and 1088"),
     "few": ("cuda_tiles", "3x33x4608 and bfloat16"),
     "hopper": ("cuda_tiles", "140x33x640 and bfloat16"),
+    "boxes": ("cuda_tiles", "270x392x128 and bfloat16"),
     "dense": ("cuda_tiles", "90x150x520 and bfloat16"),
     "dx values": ("cuda_tiles", "70x200x328 and bfloat16"),
     "dx": ("cuda_tiles", "dx_of_a_shared_tile"),

@@ -222,6 +222,21 @@ def test_tma_of_even_and_odd_rows(hopper: Probes, at: tuple[int, int]) -> None:
     assert torch.equal(out.cpu(), swizzled(box.contiguous().view(torch.uint8)))
 
 
+def test_tma_store(hopper: Probes) -> None:
+    """Boxes of 8 rows x 64 columns from shared memory; what lies outside the tensor is left out."""
+    rows, columns, first = 22, 152, 8
+    data = torch.randint(-(2**15), 2**15, (3, 16, 64), dtype=torch.int16)
+    boxes = [swizzled(half.view(torch.uint8)) for step in data for half in step.split(8)]
+    out = torch.zeros(rows, columns, dtype=torch.int16, device=hopper.device)
+
+    args = c_int64(rows), c_int64(columns), first
+    hopper.call("tma_store", out, torch.stack(boxes).to(hopper.device), *args)
+
+    expected = torch.zeros(rows, columns, dtype=torch.int16)
+    expected[first:] = data.transpose(0, 1).reshape(16, 192)[: rows - first, :columns]
+    assert torch.equal(out.cpu(), expected)
+
+
 def test_cluster(hopper: Probes) -> None:
     """Two CTAs fill each other's stages, each with half of the rows, the last step ragged."""
     data = torch.randint(-(2**15), 2**15, (16, 312), dtype=torch.int16)

@@ -181,6 +181,46 @@ __device__ __forceinline__ void tma_load_all(void* shared, const TensorMap& map,
 #endif
 }
 
+// cp.async.bulk.tensor: one thread starts the copy of a box in shared memory to the map's tensor;
+// what lies outside of it is left out. tma_store_commit ends a group of such copies, and
+// tma_store_wait waits until this thread's have read shared memory. What other threads wrote there
+// before needs their fence_async_shared and a barrier; the end of the kernel makes the copies
+// visible.
+__device__ __forceinline__ void tma_store(const TensorMap& map, const void* shared, int c0, int c1,
+                                          NF4_SITE) {
+#if defined(NF4_EMULATE)
+  const int at[2] = {c0, c1};
+  emulation::tma_store(&map, shared, at, 2, file, line);
+#else
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\n" ::"l"(&map),
+      "r"(c0), "r"(c1), "r"(shared_address(shared))
+      : "memory");
+#endif
+}
+__device__ __forceinline__ void tma_store_commit() {
+#if !defined(NF4_EMULATE)
+  asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void tma_store_wait() {
+#if defined(NF4_EMULATE)
+  emulation::tma_store_wait();
+#else
+  asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory");
+#endif
+}
+
+// bar.sync: a barrier of one warpgroup, whose number gives the barrier's: 0 is __syncthreads.
+__device__ __forceinline__ void warpgroup_sync(NF4_SITE) {
+  const int id = 1 + static_cast<int>(threadIdx.x / 128);
+#if defined(NF4_EMULATE)
+  emulation::named_barrier(id, 128, file, line);
+#else
+  asm volatile("bar.sync %0, 128;\n" ::"r"(id) : "memory");
+#endif
+}
+
 // The descriptor of 16 columns of 16-bit elements in shared memory, from rows of 128 bytes that
 // TMA swizzled by 128 bytes: start address / 16; 1024 bytes from one group of 8 rows to the next;
 // layout 1. The tile is aligned to 1024, the columns start at a multiple of 32 bytes of its rows.

@@ -83,11 +83,14 @@ __device__ __forceinline__ void produce(const BackwardArguments& p, unsigned cha
   const int64_t count = p.schedule.count(cluster);
   Cursor at(p.schedule, cluster);
   Ring<S::kStages> ring;
+  int token = 0, column = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const TilePosition tile = tile_position(at.tile, p.column_tiles, p.token_tiles);
-    const int64_t token_tile = tile.token_tile * S::kCluster + blockIdx.x % S::kCluster;
-    const auto token = static_cast<int>(token_tile * S::kTokens);
-    const auto column = static_cast<int>(tile.row_tile * S::kColumns);
+    if (i == 0 || at.step == 0) {
+      const TilePosition tile = tile_position(at.tile, p.column_tiles, p.token_tiles);
+      const int64_t token_tile = tile.token_tile * S::kCluster + blockIdx.x % S::kCluster;
+      token = static_cast<int>(token_tile * S::kTokens);
+      column = static_cast<int>(tile.row_tile * S::kColumns);
+    }
     const bool is_up = at.step < p.up_steps;
     const TensorMap& left = is_up ? p.left_map : p.token_map;
     const TensorMap& right = is_up ? p.right_map : p.weight_map;

@@ -55,23 +55,37 @@ class RowScales {
   float scale_[2];
 };
 
-// One step of a warp's 16 rows, as the A fragments of four wgmmas. Lane t of a quad needs byte t of
-// every word. The table has a row of 128 bytes for each byte: 16 copies of its two codes in
-// float32, so that the 16 lanes that are served together never meet in a bank.
+// The bytes of one step of a thread's two rows. Lane t of a quad needs byte t of every word.
+struct StepWords {
+  uint4 part[2][2];  // [row][16 bytes]
+
+  __device__ __forceinline__ void load(const unsigned char* weights) {
+    const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const unsigned char* row = weights + (warp * 16 + 2 * g + half) * 32;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        // TMA's 32-byte swizzle: rows 4 to 7 of each 8 have their 16-byte parts exchanged.
+        part[half][i] = *reinterpret_cast<const uint4*>(row + (i ^ (g / 2 % 2)) * 16);
+      }
+    }
+  }
+};
+
+// One step of a warp's 16 rows, as the A fragments of four wgmmas. The table has a row of 128 bytes
+// for each byte: 16 copies of its two codes in float32, so that the 16 lanes that are served
+// together never meet in a bank.
 template <typename T>
 __device__ __forceinline__ void decode_step(uint32_t (&a)[4][4], const unsigned char* table,
-                                            const unsigned char* weights, const float (&scale)[2]) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int g = lane / 4, t = lane % 4;
-  const uint32_t column = lane % 16 * 8;
-  const int turn = (8 * t + 25) % 32;  // moves byte t to bits 7 to 14
+                                            const StepWords& from, const float (&scale)[2]) {
+  const uint32_t column = threadIdx.x % 16 * 8;
+  const int turn = (8 * (threadIdx.x % 4) + 25) % 32;  // moves byte t to bits 7 to 14
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const unsigned char* row = weights + (warp * 16 + 2 * g + half) * 32;
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
-      // TMA's 32-byte swizzle: rows 4 to 7 of each 8 have their 16-byte parts exchanged.
-      const uint4 words = *reinterpret_cast<const uint4*>(row + (part ^ (g / 2 % 2)) * 16);
+      const uint4 words = from.part[half][part];
       const uint32_t word[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {

@@ -39,11 +39,14 @@ __device__ __forceinline__ void produce(const HopperArguments& p, const DownWork
   const int64_t count = p.schedule.count(cluster);
   Cursor at(p.schedule, cluster);
   Ring<S::kStages> ring;
+  int row = 0, token = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const TilePosition tile = tile_position(at.tile, p.row_tiles, p.token_tiles);
-    const int64_t row_tile = tile.row_tile * S::kCluster + blockIdx.x % S::kCluster;
-    const auto row = static_cast<int>(row_tile * kHopperRows);
-    const auto token = static_cast<int>(tile.token_tile * S::kTokens);
+    if (i == 0 || at.step == 0) {
+      const TilePosition tile = tile_position(at.tile, p.row_tiles, p.token_tiles);
+      const int64_t row_tile = tile.row_tile * S::kCluster + blockIdx.x % S::kCluster;
+      row = static_cast<int>(row_tile * kHopperRows);
+      token = static_cast<int>(tile.token_tile * S::kTokens);
+    }
     Mbarrier* barrier = full + ring.stage;
     unsigned char* tokens_to = tokens + ring.stage * S::kTokenStage;
     unsigned char* weights_to = weights + ring.stage * S::kWeightStage;
@@ -128,6 +131,48 @@ __device__ __forceinline__ void store_tile(const float (&acc)[kHalves][16][4],
   }
 }
 
+// The same by TMA, from shared memory, while the next tile is under way: 128 tokens of a
+// warpgroup's 64 features at a time. Rows of 128 bytes are features, swizzled as TMA reads them, so
+// that the 32 lanes' words lie in 32 banks.
+template <typename T, int kHalves>
+__device__ __forceinline__ void store_boxes(const float (&acc)[kHalves][16][4],
+                                            const HopperArguments& p, const Place& place,
+                                            unsigned char* to) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int chunk = threadIdx.x / 32 % 4 * 2 + g / 4;  // of 16 bytes in a row
+  float bias[2] = {};
+  if (p.bias != nullptr && place.feature < p.n) {
+    const uint32_t pair =
+        *reinterpret_cast<const uint32_t*>(static_cast<const T*>(p.bias) + place.feature);
+    unpack2<T>(pair, bias[0], bias[1]);
+  }
+  const bool leads = threadIdx.x % 128 == 0;
+#pragma unroll
+  for (int h = 0; h < kHalves; ++h) {
+#if !defined(NF4_PLANT_MISSING_STORE_WAIT)
+    if (leads) tma_store_wait();
+#endif
+    warpgroup_sync();
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int row = 2 * t + e;
+      unsigned char* at = to + row * 128 + (chunk ^ row) * 16 + g % 4 * 4;
+#pragma unroll
+      for (int j = 0; j < 16; ++j) {
+        *reinterpret_cast<uint32_t*>(at + j * 1024) =
+            pack2<T>(acc[h][j][e] + bias[0], acc[h][j][e + 2] + bias[1]);
+      }
+    }
+    fence_async_shared();
+    warpgroup_sync();
+    const int64_t token = place.token + 128 * h;
+    if (leads && place.feature < p.n && token < p.m) {
+      tma_store(p.y_map, to, static_cast<int>(place.feature), static_cast<int>(token));
+      tma_store_commit();
+    }
+  }
+}
+
 // What weights are decoded by, in shared memory: codes (decode_step) and the map of nested scales.
 struct Tables {
   const unsigned char* codes;
@@ -145,12 +190,23 @@ __device__ __forceinline__ void multiply_fused(float (&acc)[S::kHalves][16][4],
                                                int steps) {
   uint32_t a[2][4][4];
   float scale[2];
+  StepWords words;
+  Ring<S::kStages> ahead = in.ring;  // of the bytes to be read next
+  const auto read = [&] {
+    in.wait(ahead);
+    words.load(in.weights_at(ahead.stage));
+    ahead.advance();
+  };
+  const auto decode = [&](uint32_t (&to)[4][4], bool has_next) {
+    scales.decode(tables.map, scale);
+    if (has_next) scales.load(p);
+    decode_step<T>(to, tables.codes, words, scale);
+    if (has_next) read();
+  };
   if (steps > 0) {
     scales.load(p);
-    in.wait(in.ring);
-    scales.decode(tables.map, scale);
-    if (steps > 1) scales.load(p);
-    decode_step<T>(a[0], tables.codes, in.weights_at(in.ring.stage), scale);
+    read();
+    decode(a[0], steps > 1);
   }
 #pragma unroll 1
   for (int start = 0; start < steps; start += 2) {
@@ -167,12 +223,7 @@ __device__ __forceinline__ void multiply_fused(float (&acc)[S::kHalves][16][4],
       }
       wgmma_commit();
       in.ring.advance();
-      if (start + u + 1 < steps) {
-        in.wait(in.ring);
-        scales.decode(tables.map, scale);
-        if (start + u + 2 < steps) scales.load(p);
-        decode_step<T>(a[u ^ 1], tables.codes, in.weights_at(in.ring.stage), scale);
-      }
+      if (start + u + 1 < steps) decode(a[u ^ 1], start + u + 2 < steps);
 #if !defined(NF4_PLANT_MISSING_WGMMA_WAIT)
       wgmma_wait<0>();
 #endif
@@ -234,7 +285,7 @@ __device__ __forceinline__ void multiply_up(float (&acc)[S::kHalves][16][4],
 // All steps of this CTA's tiles by one warpgroup's 64 rows.
 template <typename T, typename S>
 __device__ __forceinline__ void consume(const HopperArguments& p, const Tables& tables,
-                                        Stages<S>& in) {
+                                        Stages<S>& in, unsigned char* store) {
   const int64_t cluster = blockIdx.x / S::kCluster;
   const int64_t count = p.schedule.count(cluster);
   Cursor at(p.schedule, cluster);
@@ -259,7 +310,11 @@ __device__ __forceinline__ void consume(const HopperArguments& p, const Tables& 
     for (int h = 0; h < S::kHalves; ++h) wgmma_results(acc[h]);
 
     if (steps == to_end && at.step == 0) {
-      store_tile<T>(acc, p, place);
+      if (p.stores_boxes) {
+        store_boxes<T>(acc, p, place, store + threadIdx.x / 128 * S::kStoreStage);
+      } else {
+        store_tile<T>(acc, p, place);
+      }
     } else {
       store_partial<typename S::Fragments>(acc, partials_of<S>(p),
                                            partial_slot(cluster, at.step != 0), place.token, p.m);
@@ -267,6 +322,7 @@ __device__ __forceinline__ void consume(const HopperArguments& p, const Tables& 
     done += steps;
     at.leave();
   }
+  if (threadIdx.x % 128 == 0) tma_store_wait();
 }
 
 }  // namespace nf4::cuda

@@ -27,11 +27,15 @@ struct HopperTile : HopperRoles {
   // Tokens / 8 of a task of LoRA's down-projection, which comes before the tiles: few, so that no
   // CTA has none (128 tasks at M = 2048 and rank 16), and loads run ahead (lora_down.cuh).
   static constexpr int kDownTiles = 2;
-  static constexpr int kTable = kDense ? kDownScratch<kDownTiles> * 4 : 256 * 16 * 8;
+  // A warpgroup's 64 features of 128 tokens on their way to y. The dense way has them where the
+  // down-projection had its sums.
+  static constexpr int kStoreStage = 128 * 128;
+  static constexpr int kStore = kConsumers / 128 * kStoreStage;
+  static constexpr int kTable = kDense ? kStore : 256 * 16 * 8;
   static constexpr int kMap = kDense ? 16 : 256 * 4;
   static_assert(kDownScratch<kDownTiles> * 4 <= kTable);
-  static constexpr int kShared =
-      kStages * (kTokenStage + kWeightStage) + kTable + kMap + 2 * kStages * 8;
+  static constexpr int kShared = kStages * (kTokenStage + kWeightStage) + (kDense ? 0 : kStore) +
+                                 kTable + kMap + 2 * kStages * 8;
   static_assert(kShared <= 227 * 1024);
 
   struct Fragments {  // as schedule.cuh stores partial results
@@ -41,10 +45,11 @@ struct HopperTile : HopperRoles {
 };
 
 struct HopperArguments {
-  TensorMap token_map, weight_map, left_map;
+  TensorMap token_map, weight_map, left_map, y_map;
   Scales scales;
   const void* bias;
   void* y;
+  bool stores_boxes;  // by y_map
   float* partial;
   const void* right;  // b [n, r]
   uint16_t* left;     // the parts of s, for the down-projection of this launch to write
@@ -66,7 +71,7 @@ constexpr int64_t kHopperTokens = 65;
 // each 512 clocks that a warpgroup's step of 256 tokens keeps the tensor cores busy, shared memory
 // serves wgmma for 256; decoding adds up to 192 (128 for 64 table look-ups of 8 bytes a lane, 64
 // for the words), the dense way only 64 (rows of weights).
-constexpr int64_t kDenseTokens = 4096;
+constexpr int64_t kDenseTokens = 2048;
 // dx (hopper_backward.cu): from here on wgmma on weights that are dequantized first. A weight then
 // costs an SM 2.5 bytes at 16.5 a clock, 0.15 clocks, and M / 2048 for its products. Of 128 tokens,
 // backward_tile.cu decodes each weight for 64 in 8.8 issue slots (cuda_static.csv), so it does at
@@ -98,8 +103,8 @@ auto with_hopper_tile(const Matmul& p, const Body& body) {
                        : body(element, HopperTile<1, false, 8, false, 2>());
     }
     if (goes_dense(p)) return body(element, HopperTile<2, true, 4, false, 2>());
-    return is_nested ? body(element, HopperTile<2, false, 5, true, 2>())
-                     : body(element, HopperTile<2, false, 5, false, 2>());
+    return is_nested ? body(element, HopperTile<2, false, 4, true, 2>())
+                     : body(element, HopperTile<2, false, 4, false, 2>());
   };
   return p.dtype == NF4_FLOAT16 ? by_tile(__half()) : by_tile(__nv_bfloat16());
 }

@@ -100,7 +100,11 @@ struct Stages {
     __syncwarp();  // all lanes have read
     const int lane = threadIdx.x % 32;
     if constexpr (S::kCluster > 1) {
+#if defined(NF4_PLANT_LOCAL_RELEASE)
+      if (lane < S::kCluster) mbarrier_arrive(empty + stage);
+#else
       if (lane < S::kCluster) mbarrier_arrive_at(empty + stage, lane);
+#endif
     } else {
       if (lane == 0) mbarrier_arrive(empty + stage);
     }

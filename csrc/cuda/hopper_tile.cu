@@ -27,7 +27,9 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   Carve carve;
   unsigned char* tokens = carve.take<unsigned char>(S::kStages * S::kTokenStage, 1024);
   unsigned char* weights = carve.take<unsigned char>(S::kStages * S::kWeightStage, 1024);
-  auto* table = carve.take<float>(S::kTable / 4, 128);
+  unsigned char* store = S::kDense ? nullptr : carve.take<unsigned char>(S::kStore, 1024);
+  auto* table = carve.take<float>(S::kTable / 4, 1024);
+  if (S::kDense) store = reinterpret_cast<unsigned char*>(table);
   auto* map = carve.take<float>(S::kMap / 4);
   auto* full = carve.take<Mbarrier>(2 * S::kStages);
   Mbarrier* empty = full + S::kStages;
@@ -47,7 +49,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   if (threadIdx.x < S::kConsumers) {
     take_registers<S::kConsumerRegisters>();
     Stages<S> in{tokens, weights, full, empty, {}};
-    consume<T, S>(p, Tables{reinterpret_cast<const unsigned char*>(table), map}, in);
+    consume<T, S>(p, Tables{reinterpret_cast<const unsigned char*>(table), map}, in, store);
   } else {
     give_registers<S::kProducerRegisters>();
     if (threadIdx.x == S::kConsumers) produce<S>(p, work, tokens, weights, full, empty);
@@ -129,6 +131,10 @@ int encode_maps(const Matmul& p, const void* dense, const void* left, HopperArgu
     status = encode(
         {p.weight.packed, 1, 2, {k / 2, n}, {k / 2}, {kHopperStep / 2, kHopperRows}, Swizzle::k32},
         &a->weight_map);
+  }
+  a->stores_boxes = p.weight.n % 8 == 0 && aligned16(p.out);
+  if (status == 0 && a->stores_boxes) {
+    status = encode_matrix(p.out, p.m, p.weight.n, 128, &a->y_map);
   }
   if (status != 0 || left == nullptr) return status;
   return encode_matrix(left, p.m, 2 * padded_ranks(p.up), S::kTokens / S::kCluster, &a->left_map);

@@ -50,6 +50,7 @@ const Indices& current();
 using WarpFunction = void (*)(void* const (&payload)[32]);
 void warp_collective(WarpFunction function, void* payload, const char* file, int line);
 void block_barrier(const char* file, int line);
+void named_barrier(int id, int threads, const char* file, int line);
 void cluster_barrier(const char* file, int line);
 void warp_barrier(const char* file, int line);
 
@@ -90,6 +91,10 @@ void tma_load(void* shared, const void* map, void* barrier, const int* at, int d
 // The same to the same place of each of the cluster's first `ctas` blocks.
 void tma_load_all(void* shared, const void* map, void* barrier, const int* at, int dims, int ctas,
                   const char* file, int line);
+// Stores land at the wait of the thread that started them.
+void tma_store(const void* map, const void* shared, const int* at, int dims, const char* file,
+               int line);
+void tma_store_wait();
 void mbarrier_init(void* barrier, int arrivals, const char* file, int line);
 void mbarrier_arrive(void* barrier, int expected_bytes, const char* file, int line);
 void mbarrier_arrive_at(void* barrier, int rank, const char* file, int line);

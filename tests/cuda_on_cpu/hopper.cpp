@@ -103,11 +103,11 @@ void in_block(int rank, void* pointer, const Body& body) {
   enter_block(self);
 }
 
-// Runs `body` as the engine that copies, which knows what `known` says.
+// Runs `body` as a unit that copies, which knows what `known` says.
 template <typename Body>
-void as_engine(const Knowledge& known, const Body& body) {
+void as_engine(Thread* engine, const Knowledge& known, const Body& body) {
   Thread* self = g_thread;
-  g_thread = &async_state().engine;
+  g_thread = engine;
   g_thread->known = known;
   body();
   g_thread = self;
@@ -120,7 +120,9 @@ AsyncState& async_state() {
     g_block->async = std::make_shared<AsyncState>();
     Thread& engine = g_block->async->engine;
     engine.id = static_cast<int>(g_block->threads.size());
-    engine.slot = (g_block->rank + 1) * (engine.id + 1) - 1;
+    engine.slot = g_block->rank * (engine.id + 2) + engine.id;
+    g_block->async->reader.id = engine.id + 1;
+    g_block->async->reader.slot = engine.slot + 1;
     g_block->async->warps.resize(g_block->threads.size() / 32);
     g_block->async->sequences.resize((g_block->threads.size() + 127) / 128);
   }
@@ -202,7 +204,7 @@ void start_copy(void* shared, const void* map, void* barrier, const int* at, int
     return;
   }
   copy.known = checker_release(g_thread);
-  as_engine(copy.known,
+  as_engine(&async_state().engine, copy.known,
             [&] { checker_access(copy.to, copy.bytes, true, __builtin_return_address(0)); });
   std::memset(copy.to, 0xff, copy.bytes);
   checker_pending(copy.to, copy.bytes, true);
@@ -248,7 +250,7 @@ bool async_progress(uint64_t random) {
   copies.erase(copies.begin() + static_cast<std::ptrdiff_t>(index));
   unpoison(copy.to, copy.bytes);
   checker_pending(copy.to, copy.bytes, false);
-  as_engine(copy.known, [&] {
+  as_engine(&async_state().engine, copy.known, [&] {
     checker_access(copy.to, copy.bytes, true, __builtin_return_address(0));
     Map m;
     std::memcpy(&m, copy.map, sizeof m);
@@ -262,6 +264,54 @@ bool async_progress(uint64_t random) {
     end_phase_if_complete(copy.barrier, *b);
   });
   return true;
+}
+
+void tma_store(const void* map, const void* shared, const int* at, int dims, const char* file,
+               int line) {
+  PendingStore store;
+  std::memcpy(store.map, map, sizeof store.map);
+  Map m;
+  std::memcpy(&m, map, sizeof m);
+  std::copy(at, at + dims, store.at);
+  store.from = static_cast<const unsigned char*>(shared);
+  store.thread = g_thread;
+  if (m.dims != dims) report("%s:%d: %d coordinates for a %d-D map", file, line, dims, m.dims);
+  if (shared_offset(shared) % (8 * m.swizzle_bytes) != 0) {
+    report("%s:%d: a store from shared memory that is not aligned to its swizzle", file, line);
+  }
+  if (const char* what = check_async_operand(store.from, m.box_bytes())) {
+    report("%s:%d: the source of a store: %s", file, line, what);
+    return;
+  }
+  store.known = checker_release(g_thread);
+  ++g_thread->stores;
+  async_state().stores.push_back(store);
+}
+
+void tma_store_wait() {
+  auto& stores = async_state().stores;
+  for (auto it = stores.begin(); it != stores.end();) {
+    if (it->thread != g_thread) {
+      ++it;
+      continue;
+    }
+    Map m;
+    std::memcpy(&m, it->map, sizeof m);
+    Knowledge read;
+    as_engine(&async_state().reader, it->known, [&] {
+      each_piece(m, it->at, [&](size_t offset, const unsigned char* to, int valid) {
+        checker_access(it->from + offset, 16, false, __builtin_return_address(0));
+        if (valid == 0) return;
+        checker_access(to, valid, true, __builtin_return_address(0));
+        touch(to, valid);
+        std::memcpy(const_cast<unsigned char*>(to), it->from + offset, valid);
+      });
+      read = checker_release(g_thread);
+    });
+    g_thread->known = checker_merge(g_thread->known, read);
+    --g_thread->stores;
+    it = stores.erase(it);
+  }
 }
 
 void mbarrier_init(void* barrier, int arrivals, const char* file, int line) {

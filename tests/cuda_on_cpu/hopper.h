@@ -51,10 +51,21 @@ struct WarpProducts {
   std::map<float*, std::array<float, 64>> in_flight;  // what the poisoned accumulators hold
 };
 
+// A store under way, from shared memory.
+struct PendingStore {
+  unsigned char map[128];
+  int at[4];
+  const unsigned char* from;
+  const Thread* thread;
+  Knowledge known;
+};
+
 struct AsyncState {
   Thread engine;  // writes what copies bring; its id and slot are one past the block's threads
   std::map<const void*, Barrier> barriers;
+  Thread reader;  // reads what stores take; one further
   std::vector<PendingBox> copies;
+  std::vector<PendingStore> stores;
   std::vector<WarpProducts> warps;
   std::vector<std::vector<Product>> sequences;  // of each warpgroup, from its first warp
 };

@@ -26,13 +26,21 @@ struct PendingCopy {
 };
 
 struct Thread {
-  enum class State { kReady, kBlockBarrier, kClusterBarrier, kWarp, kMbarrier, kDone };
+  enum class State {
+    kReady,
+    kBlockBarrier,
+    kNamedBarrier,
+    kClusterBarrier,
+    kWarp,
+    kMbarrier,
+    kDone
+  };
   State state = State::kReady;
   void* stack_pointer = nullptr;
   unsigned char* stack = nullptr;
   void* fake_stack = nullptr;
   int id = 0;    // in the block
-  int slot = 0;  // in the cluster: of clocks and stacks; a block has one more, for its copies
+  int slot = 0;  // in the cluster: of clocks and stacks; a block has two more, for its copies
   uint3 index{};
   const char* file = "";
   int line = 0;
@@ -43,6 +51,7 @@ struct Thread {
   std::vector<PendingCopy> open_group;
   const void* awaited = nullptr;  // the mbarrier of kMbarrier, and the phase's parity
   uint32_t awaited_parity = 0;
+  int stores = 0;  // by tensor map, that it has not waited for
 };
 
 struct AsyncState;  // hopper.cpp: mbarriers, copies and products under way
@@ -64,6 +73,7 @@ struct Block {
   std::map<long, uint32_t>
       seen;  // of other blocks' serials: what they published before a wait here
   const std::function<void()>* kernel = nullptr;
+  std::map<int, std::vector<Thread*>> named;  // who stands at a barrier of its own number
   std::shared_ptr<AsyncState> async;
 };
 

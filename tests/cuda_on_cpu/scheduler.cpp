@@ -32,6 +32,7 @@ uint64_t next_random() {
 
 const char* name_of(Thread::State state) {
   if (state == Thread::State::kMbarrier) return "an mbarrier";
+  if (state == Thread::State::kNamedBarrier) return "a barrier of some threads";
   if (state == Thread::State::kClusterBarrier) return "the cluster's barrier";
   return state == Thread::State::kBlockBarrier ? "__syncthreads" : "a warp collective";
 }
@@ -152,6 +153,7 @@ bool run_cluster(int mode) {
         const PendingCopy& copy = t.groups.empty() ? t.open_group[0] : t.groups[0].front();
         report("cp.async of %s:%d never waited for by thread %d", copy.file, copy.line, t.slot);
       }
+      if (t.stores > 0) report("a store never waited for by thread %d", t.slot);
     }
   }
   for (Block& block : g_cluster) {
@@ -238,6 +240,26 @@ void block_barrier(const char* file, int line) {
   yield_to_scheduler();
 }
 
+void named_barrier(int id, int threads, const char* file, int line) {
+  Thread* self = g_thread;
+  auto& at = g_block->named[id];
+  at.push_back(self);
+  self->file = file;
+  self->line = line;
+  if (static_cast<int>(at.size()) < threads) {
+    self->state = Thread::State::kNamedBarrier;
+    yield_to_scheduler();
+    return;
+  }
+  const Knowledge joined = checker_join(at.data(), threads);
+  for (Thread* t : at) {
+    t->state = Thread::State::kReady;
+    t->known = joined;
+    ++t->clock;
+  }
+  at.clear();
+}
+
 void cluster_barrier(const char* file, int line) {
   g_thread->state = Thread::State::kClusterBarrier;
   g_thread->file = file;
@@ -307,7 +329,7 @@ int run(dim3 grid, dim3 block, int cluster, size_t shared_bytes,
         poison(g_arenas, cluster * kArenaBytes);
         checker_begin_cluster();
         const auto nothing =
-            std::make_shared<const std::vector<uint32_t>>(cluster * (threads + 1), 0);
+            std::make_shared<const std::vector<uint32_t>>(cluster * (threads + 2), 0);
         for (int rank = 0; rank < cluster; ++rank) {
           Block& b = g_cluster[rank];
           b.indices.block = {x + rank, y, z};
@@ -321,7 +343,7 @@ int run(dim3 grid, dim3 block, int cluster, size_t shared_bytes,
           for (int i = 0; i < threads; ++i) {
             Thread& t = b.threads[i];
             t.id = i;
-            t.slot = rank * (threads + 1) + i;
+            t.slot = rank * (threads + 2) + i;
             t.index = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
             t.known = nothing;
             prepare(t);
