@@ -65,7 +65,7 @@ def _forward(tokens: int, shape: str, elements: int, limit: float | None = None)
 
 def _hopper(tokens: int, tile: str, weights: str, elements: int) -> Target:
     """A tile of 128 rows by wgmma: a CTA's tensor cores use 2048 / tokens weights a clock."""
-    kernel = rf"hopper_tile_kernel<__nv_bfloat16, .*HopperTile<{tile}, 2>"
+    kernel = rf"hopper_tile_kernel<__nv_bfloat16, .*HopperTile<{tile}>"
     name = f"linear, wgmma {tokens} tokens, {weights}"
     return Target(name, "hopper_tile", kernel, "HGMMA", elements, tokens / 16, ("90a",))
 
@@ -107,11 +107,11 @@ TARGETS = (
     _forward(64, "4, 2, 2, 4, 1, 4, 1, false", 32 * 64),
     _forward(128, "4, 2, 2, 8, 1, 3, 1, true", 32 * 64),
     # Warps of a warpgroup have 16 rows each; the fused loop holds two steps of 64 elements of K.
-    _hopper(128, "1, false, 8, true", "nf4 nested", 16 * 128),
-    _hopper(256, "2, false, 4, true", "nf4 nested", 16 * 128),
-    _hopper(256, "2, false, 4, false", "nf4", 16 * 128),
-    _hopper(128, "1, true, 6, false", "16-bit", 16 * 64),
-    _hopper(256, "2, true, 4, false", "16-bit", 16 * 64),
+    _hopper(128, "1, false, 8, true, 1", "nf4 nested", 16 * 128),
+    _hopper(256, "2, false, 4, true, 2", "nf4 nested", 16 * 128),
+    _hopper(256, "2, false, 4, false, 2", "nf4", 16 * 128),
+    _hopper(128, "1, true, 6, false, 2", "16-bit", 16 * 64),
+    _hopper(256, "2, true, 4, false, 2", "16-bit", 16 * 64),
     _group(8, "8, 1, 1, 1, 4, 3, 2, false", 16 * 256, 4.0),
     _group(64, "4, 2, 2, 4, 1, 4, 1, false", 32 * 64),
     Target(

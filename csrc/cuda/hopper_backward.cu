@@ -48,9 +48,9 @@ struct BackwardArguments {
   void* dx;
   float* partial;
   int64_t m, k;
-  Schedule schedule;                  // of clusters
-  int64_t column_tiles, token_tiles;  // of a cluster: kCluster token tiles
-  int up_steps;                       // the first of a tile's steps: ranks
+  Schedule schedule;                        // of clusters
+  int64_t column_tiles, token_tiles, band;  // of a cluster: kCluster token tiles
+  int up_steps;                             // the first of a tile's steps: ranks
 };
 
 #if defined(NF4_HOPPER_CODE)
@@ -63,7 +63,7 @@ struct Place {
   int64_t token, column;
 
   __device__ Place(const BackwardArguments& p, int64_t tile) {
-    const TilePosition at = tile_position(tile, p.column_tiles, p.token_tiles);
+    const TilePosition at = tile_position(tile, p.column_tiles, p.token_tiles, p.band);
     const int64_t token_tile = at.token_tile * S::kCluster + blockIdx.x % S::kCluster;
     token = token_tile * S::kTokens + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
     column = at.row_tile * S::kColumns + threadIdx.x % 4 * 2;
@@ -86,7 +86,7 @@ __device__ __forceinline__ void produce(const BackwardArguments& p, unsigned cha
   int token = 0, column = 0;
   for (int64_t i = 0; i < count; ++i) {
     if (i == 0 || at.step == 0) {
-      const TilePosition tile = tile_position(at.tile, p.column_tiles, p.token_tiles);
+      const TilePosition tile = tile_position(at.tile, p.column_tiles, p.token_tiles, p.band);
       const int64_t token_tile = tile.token_tile * S::kCluster + blockIdx.x % S::kCluster;
       token = static_cast<int>(token_tile * S::kTokens);
       column = static_cast<int>(tile.row_tile * S::kColumns);
@@ -391,6 +391,7 @@ int hopper_backward(const Matmul& p, void* workspace, cudaStream_t stream) {
   a.schedule = backward_schedule(p);
   a.column_tiles = (w.k + S::kColumns - 1) / S::kColumns;
   a.token_tiles = token_tiles_of(p);
+  a.band = band_tiles(a.token_tiles, w.k);
   a.up_steps = up_steps(p.up);
 
   status = nf4_cuda_dequantize(&w, w.n * w.k, weights, p.dtype, stream);

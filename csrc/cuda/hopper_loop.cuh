@@ -14,7 +14,7 @@ struct Place {
   int64_t feature, token;  // acc[h][j][2 * half + e] is (feature + half, token + 128 h + 8 j + e)
 
   __device__ Place(const HopperArguments& p, int64_t tile, int tile_tokens, int cluster) {
-    const TilePosition at = tile_position(tile, p.row_tiles, p.token_tiles);
+    const TilePosition at = tile_position(tile, p.row_tiles, p.token_tiles, p.band);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int64_t row_tile = at.row_tile * cluster + blockIdx.x % cluster;
     feature = row_tile * kHopperRows + warp * 16 + lane / 4 * 2;
@@ -42,7 +42,7 @@ __device__ __forceinline__ void produce(const HopperArguments& p, const DownWork
   int row = 0, token = 0;
   for (int64_t i = 0; i < count; ++i) {
     if (i == 0 || at.step == 0) {
-      const TilePosition tile = tile_position(at.tile, p.row_tiles, p.token_tiles);
+      const TilePosition tile = tile_position(at.tile, p.row_tiles, p.token_tiles, p.band);
       const int64_t row_tile = tile.row_tile * S::kCluster + blockIdx.x % S::kCluster;
       row = static_cast<int>(row_tile * kHopperRows);
       token = static_cast<int>(tile.token_tile * S::kTokens);

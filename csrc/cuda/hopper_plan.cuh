@@ -56,22 +56,20 @@ struct HopperArguments {
   int padded;         // their ranks
   float left_scaling;
   int64_t m, n, k;
-  Schedule schedule;               // of clusters
-  int64_t row_tiles, token_tiles;  // of a cluster: kCluster row tiles
-  int k_steps;                     // the rest of a tile's steps are ranks
+  Schedule schedule;                     // of clusters
+  int64_t row_tiles, token_tiles, band;  // of a cluster: kCluster row tiles
+  int k_steps;                           // the rest of a tile's steps are ranks
   int r, right_dtype, log2_block, format;
 };
 
-// The numbers below weigh bytes and operations; none was measured.
-//
 // Fewer tokens go to linear_tile.cu: 64 columns of a 128-column product would stand idle.
 constexpr int64_t kHopperTokens = 65;
-// From here on weights are dequantized first. That moves 2.5 bytes a weight: 5.9e-13 s at 4.3 TB/s,
-// against M * 2.5e-15 s for its products at 790 TFLOP/s, so 5.6 % at M = 4096. What it saves: of
-// each 512 clocks that a warpgroup's step of 256 tokens keeps the tensor cores busy, shared memory
-// serves wgmma for 256; decoding adds up to 192 (128 for 64 table look-ups of 8 bytes a lane, 64
-// for the words), the dense way only 64 (rows of weights).
-constexpr int64_t kDenseTokens = 2048;
+// From here on weights are dequantized first. On an H200, 14336 x 4096: 217 us at M = 1024, 40 of
+// them for dequantize, against 227 fused; 342 to 365 against 422 at 2048, 1356 against 1718 at
+// 8192. In a step of 256 tokens, 1024 clocks of the tensor cores, shared memory serves the fused
+// way for 1144 (wgmma 512, TMA 288, table look-ups and bytes 344), the dense one for 1024 (640 and
+// 384).
+constexpr int64_t kDenseTokens = 1024;
 // dx (hopper_backward.cu): from here on wgmma on weights that are dequantized first. A weight then
 // costs an SM 2.5 bytes at 16.5 a clock, 0.15 clocks, and M / 2048 for its products. Of 128 tokens,
 // backward_tile.cu decodes each weight for 64 in 8.8 issue slots (cuda_static.csv), so it does at
@@ -99,14 +97,22 @@ auto with_hopper_tile(const Matmul& p, const Body& body) {
     const bool is_nested = p.weight.nested_absmax != nullptr;
     if (wants_halves(p.m)) {
       if (goes_dense(p)) return body(element, HopperTile<1, true, 6, false, 2>());
-      return is_nested ? body(element, HopperTile<1, false, 8, true, 2>())
-                       : body(element, HopperTile<1, false, 8, false, 2>());
+      return is_nested ? body(element, HopperTile<1, false, 8, true, 1>())
+                       : body(element, HopperTile<1, false, 8, false, 1>());
     }
     if (goes_dense(p)) return body(element, HopperTile<2, true, 4, false, 2>());
     return is_nested ? body(element, HopperTile<2, false, 4, true, 2>())
                      : body(element, HopperTile<2, false, 4, false, 2>());
   };
   return p.dtype == NF4_FLOAT16 ? by_tile(__half()) : by_tile(__nv_bfloat16());
+}
+
+// Token tiles (256 tokens of a cluster) in a band of tile_position. On an H200 at M = 8192, the
+// matmul alone with bands of 4 and 8: 14336 x 4096 1316 and 1473 us, dx 1281 and 1343; 8192 x 8192
+// 1632 and 1573, dx 1597 and 1473. At M = 2048 one band of all 8 was the better one, 325 against
+// 345 us.
+inline int64_t band_tiles(int64_t token_tiles, int64_t k) {
+  return token_tiles > 8 && k <= 4096 ? 4 : 8;
 }
 
 // The extra steps of K for LoRA, 32 ranks each, and the ranks that s is padded to.

@@ -159,6 +159,7 @@ int forward(const Matmul& p, void* workspace, cudaStream_t stream) {
   a.schedule = hopper_schedule<S>(p);
   a.row_tiles = row_tiles_of<S>(p);
   a.token_tiles = (p.m + S::kTokens - 1) / S::kTokens;
+  a.band = band_tiles(a.token_tiles, w.k);
   a.k_steps = static_cast<int>((w.k + kHopperStep - 1) / kHopperStep);
   a.r = p.up.r, a.right_dtype = p.up.right_dtype;
   a.log2_block = log2_of(w.block_size), a.format = w.format;

@@ -43,17 +43,18 @@ inline Schedule make_schedule(int64_t tiles, int64_t steps, int ctas_per_sm) {
 }
 
 // The same for long steps and large tiles, one CTA an SM (hopper_tile.cu, hopper_backward.cu); of
-// clusters of CTAs `tiles` and the schedule count what a cluster does. Partial sums cost as much as
-// 45 steps: at 14336 x 4096 on an H200 (M = 256, 512) they took 24 and 29 us more than their share
-// of the steps, of about 0.57 us each. And where each CTA is at another step of K, its inputs are
-// no longer those that others just brought to L2: 1702 against 1566 us at M = 8192, an eighth after
-// the longer last wave is counted. Whole tiles, unless their last wave leaves SMs idle for longer.
+// clusters of CTAs `tiles` and the schedule count what a cluster does. Whole tiles, unless their
+// last wave leaves SMs idle for longer than cutting costs: partial sums, and inputs that are no
+// longer those that others just brought to L2, since each CTA is at another step of K. On an H200,
+// whole against cut, steps idle in brackets: 14336 x 4096 60 and 75 us at M = 256 (10), 117 and 129
+// at 512 (19), about equal at 1024 (39 of 256), 1566 and 1702 at 8192 (54 of 1792); 4096 x 4096 59
+// and 51 us at M = 512 (33 of 64).
 inline Schedule make_long_schedule(int64_t tiles, int64_t steps, int cluster) {
-  constexpr int64_t kPartialSteps = 45;
+  constexpr int64_t kPartialSteps = 20;
   const int64_t full = std::max(device().multiprocessors / cluster, 1);
   const int64_t waves = (tiles + full - 1) / full;
   const int64_t idle = (waves * full - tiles) * steps / full;
-  const bool whole = idle <= kPartialSteps + waves * steps / 8;
+  const bool whole = idle <= kPartialSteps + waves * steps / 12;
   const auto ctas = static_cast<int>(std::min(full, whole ? tiles : tiles * steps));
   return {tiles, static_cast<int>(steps), ctas, whole};
 }
@@ -134,18 +135,17 @@ __device__ __forceinline__ bool sum_partials(float (&acc)[S::kRowTiles][S::kToke
   return true;
 }
 
-// Tiles in an order in which CTAs that run at the same time share inputs in L2: bands of 8 token
+// Tiles in an order in which CTAs that run at the same time share inputs in L2: bands of token
 // tiles, and within a band all row tiles.
 struct TilePosition {
   int64_t row_tile, token_tile;
 };
 __device__ __forceinline__ TilePosition tile_position(int64_t tile, int64_t row_tiles,
-                                                      int64_t token_tiles) {
-  constexpr int64_t kBand = 8;
-  const int64_t band = tile / (kBand * row_tiles), within = tile % (kBand * row_tiles);
-  const int64_t left = token_tiles - band * kBand;
-  const int64_t wide = left < kBand ? left : kBand;
-  return {within / wide, band * kBand + within % wide};
+                                                      int64_t token_tiles, int64_t band_tiles = 8) {
+  const int64_t band = tile / (band_tiles * row_tiles), within = tile % (band_tiles * row_tiles);
+  const int64_t left = token_tiles - band * band_tiles;
+  const int64_t wide = left < band_tiles ? left : band_tiles;
+  return {within / wide, band * band_tiles + within % wide};
 }
 
 }  // namespace nf4::cuda
