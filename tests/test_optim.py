@@ -91,7 +91,8 @@ def test_8bit_follows_float64_as_closely_as_bitsandbytes(
     bitsandbytes = pytest.importorskip("bitsandbytes")
     ours, moved = distance(AdamW8bit, density, device)
     theirs, _ = distance(bitsandbytes.optim.AdamW8bit, density, device)
-    assert ours <= theirs
+    # Once on a GPU theirs was NaN, where fresh memory is filled with it.
+    assert not theirs < ours
     assert ours < 0.06 * moved
 
 
