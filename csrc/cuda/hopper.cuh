@@ -7,7 +7,7 @@
 
 #include <type_traits>
 
-#include "ptx.cuh"
+#include "mbarrier.cuh"
 
 #if defined(NF4_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define NF4_HOPPER_CODE 1
@@ -18,10 +18,6 @@ namespace nf4::cuda {
 // What cuTensorMapEncodeTiled fills (tensor_map.cuh); a kernel gets it as a __grid_constant__.
 struct alignas(64) TensorMap {
   uint64_t opaque[16];
-};
-
-struct alignas(8) Mbarrier {
-  uint64_t state;
 };
 
 #if defined(NF4_EMULATE)
@@ -37,32 +33,12 @@ __device__ __forceinline__ void fence_async_shared() {
 #endif
 }
 
-// mbarrier.init: a phase ends after `arrivals` arrivals and all bytes that they expect. One thread
-// initializes; mbarrier_init_done by the same thread and a __syncthreads come before any use.
-__device__ __forceinline__ void mbarrier_init(Mbarrier* barrier, int arrivals, NF4_SITE) {
-#if defined(NF4_EMULATE)
-  emulation::mbarrier_init(barrier, arrivals, file, line);
-#else
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(shared_address(barrier)),
-               "r"(arrivals)
-               : "memory");
-#endif
-}
+// Between mbarrier_init and its __syncthreads, by the same thread, where copies use the barriers.
 __device__ __forceinline__ void mbarrier_init_done() {
 #if !defined(NF4_EMULATE)
   asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
 #endif
   fence_async_shared();
-}
-
-// mbarrier.arrive: releases what this thread did before.
-__device__ __forceinline__ void mbarrier_arrive(Mbarrier* barrier, NF4_SITE) {
-#if defined(NF4_EMULATE)
-  emulation::mbarrier_arrive(barrier, 0, file, line);
-#else
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(shared_address(barrier))
-               : "memory");
-#endif
 }
 
 // mbarrier.arrive.expect_tx: an arrival; the phase also waits for `bytes` from copies.
@@ -74,31 +50,6 @@ __device__ __forceinline__ void mbarrier_arrive_expect(Mbarrier* barrier, int by
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(shared_address(barrier)),
       "r"(bytes)
       : "memory");
-#endif
-}
-
-// mbarrier.try_wait.parity: returns when the phase of this parity has ended. The first phase has
-// parity 0, and "the phase before it" parity 1: a wait for 1 on a fresh barrier returns at once.
-// With NF4_BOUND_WAITS a wait that does not end becomes an error of the launch.
-__device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, uint32_t parity, NF4_SITE) {
-#if defined(NF4_EMULATE)
-  emulation::mbarrier_wait(barrier, parity, file, line);
-#else
-  uint32_t ended;
-#if defined(NF4_BOUND_WAITS)
-  int tries = 0;
-#endif
-  do {
-    asm volatile(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n}\n"
-        : "=r"(ended)
-        : "r"(shared_address(barrier)), "r"(parity)
-        : "memory");
-#if defined(NF4_BOUND_WAITS)
-    if (++tries > NF4_BOUND_WAITS) asm volatile("trap;\n");
-#endif
-  } while (ended == 0);
 #endif
 }
 

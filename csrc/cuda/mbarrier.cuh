@@ -33,7 +33,8 @@ __device__ __forceinline__ void mbarrier_arrive(Mbarrier* barrier, NF4_SITE) {
 
 // mbarrier.try_wait.parity (test_wait before sm_90): returns when the phase of this parity has
 // ended. The first phase has parity 0, and "the phase before it" parity 1: a wait for 1 on a fresh
-// barrier returns at once.
+// barrier returns at once. With NF4_BOUND_WAITS a wait that does not end becomes an error of the
+// launch.
 __device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, uint32_t parity, NF4_SITE) {
 #if defined(NF4_EMULATE)
   emulation::mbarrier_wait(barrier, parity, file, line);
@@ -44,12 +45,18 @@ __device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, uint32_t parity
 #define NF4_WAIT "mbarrier.test_wait"
 #endif
   uint32_t ended;
+#if defined(NF4_BOUND_WAITS)
+  int tries = 0;
+#endif
   do {
     asm volatile("{\n.reg .pred p;\n" NF4_WAIT
                  ".parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
                  : "=r"(ended)
                  : "r"(shared_address(barrier)), "r"(parity)
                  : "memory");
+#if defined(NF4_BOUND_WAITS)
+    if (++tries > NF4_BOUND_WAITS) asm volatile("trap;\n");
+#endif
   } while (ended == 0);
 #undef NF4_WAIT
 #endif
