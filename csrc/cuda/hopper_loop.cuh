@@ -76,19 +76,28 @@ __device__ __forceinline__ void produce(const HopperArguments& p, const DownWork
   outlive_cluster<S>(empty, ring);
 }
 
-// LoRA's down-projection before the tiles: s, and of the own weight also its two parts.
-template <typename T, typename S>
-__device__ __forceinline__ void down_before(const HopperArguments& p, const DownWork& work,
-                                            float* scratch, int* ticket) {
-  const auto store = [&](const Down& d, int64_t token, int rank, float value) {
+// Takes LoRA's down-projections: s, and of the own weight also its two parts.
+template <typename T>
+struct DownStore {
+  const HopperArguments& p;
+  const DownWork& work;
+
+  __device__ __forceinline__ void operator()(const Down& d, int64_t token, int rank,
+                                             float value) const {
     if (rank < d.r) d.out[token * d.r + rank] = value;
     if (&d != work.members) return;
     auto* to = reinterpret_cast<T*>(p.left) + token * 2 * p.padded + rank / 16 * 32 + rank % 16;
     const float scaled = value * p.left_scaling;
     to[0] = from_float<T>(scaled);
     to[16] = from_float<T>(scaled - to_float(to[0]));
-  };
-  down_phase<T, S::kDownTiles>(work, scratch, ticket, store, [] { fence_async_global(); });
+  }
+};
+
+template <typename T, typename S>
+__device__ __forceinline__ void down_before(const HopperArguments& p, const DownWork& work,
+                                            float* scratch, int* ticket) {
+  down_phase<T, S::kDownTiles>(work, scratch, ticket, DownStore<T>{p, work},
+                               [] { fence_async_global(); });
 }
 
 // Adds the bias, rounds and stores the fragments of one tile.

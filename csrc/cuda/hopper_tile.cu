@@ -9,9 +9,10 @@
 //   codes: in float32 and rounded once, which gives exactly the weights that dequantize writes.
 // - dense: 16-bit weights that dequantize wrote to workspace. For so many tokens that a launch over
 //   the weight pays, and for every format, block size and k that the fused way does not take.
-// LoRA's down-projection comes before the tiles, as tasks of whichever CTA is free (lora_down.cuh).
-// The up-projection is a few more steps of K at the end of a tile: s as two 16-bit parts by TMA,
-// b as two parts in registers, and of their four products the three that matter.
+// LoRA's down-projection comes before the tiles, as tasks of whichever CTA is free (lora_down.cuh);
+// of the dense way it is a launch of its own. The up-projection is a few more steps of K at the end
+// of a tile: s as two 16-bit parts by TMA, b as two parts in registers, and of their four products
+// the three that matter.
 #include "hopper_loop.cuh"
 #include "shared.cuh"
 #include "tensor_map.cuh"
@@ -35,7 +36,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   Mbarrier* empty = full + S::kStages;
 
   if (threadIdx.x == 0) init_ring<S>(full, empty);
-  down_before<T, S>(p, work, table, reinterpret_cast<int*>(map));
+  if constexpr (!S::kDense) down_before<T, S>(p, work, table, reinterpret_cast<int*>(map));
   if constexpr (!S::kDense) {
     for (int i = threadIdx.x; i < S::kTable / 16; i += S::kThreads) {
       const int byte = i / 8;
@@ -69,6 +70,20 @@ __global__ void __launch_bounds__(S::kConsumers)
                                           p.m)) {
     store_tile<T>(acc, p, place);
   }
+#endif
+}
+
+// The down-projections of the dense way, a task a CTA. In its launch only 8 warps of an SM would
+// work on them while nothing else can begin.
+template <typename T, typename S>
+__global__ void __launch_bounds__(32 * kDownWarps, 2)
+    hopper_down_kernel(const __grid_constant__ HopperArguments p,
+                       const __grid_constant__ DownWork work) {
+#if defined(NF4_HOPPER_CODE)
+  Carve carve;
+  float* scratch = carve.take<float>(kDownScratch<S::kDownTiles>);
+  do_task<T, S::kDownTiles, true>(work, static_cast<int>(blockIdx.x), scratch,
+                                  DownStore<T>{p, work});
 #endif
 }
 
@@ -146,7 +161,7 @@ int forward(const Matmul& p, void* workspace, cudaStream_t stream) {
   const Workspace parts = workspace_of<S>(p);
   auto* base = static_cast<unsigned char*>(workspace) + parts.counters;
   void* left = parts.left == 0 ? nullptr : base + parts.weights;
-  const DownWork work = down_work(p, S::kDownTiles, workspace);
+  DownWork work = down_work(p, S::kDownTiles, workspace);
   HopperArguments a = {};
   int status = encode_maps<S>(p, base, left, &a);
   if (status != 0) return status;
@@ -168,8 +183,15 @@ int forward(const Matmul& p, void* workspace, cudaStream_t stream) {
   a.left_scaling = p.up.scaling;
 
   if (S::kDense) status = nf4_cuda_dequantize(&w, w.n * w.k, base, p.dtype, stream);
+  const bool own_down = S::kDense && work.tasks != 0;
+  if (status == 0 && own_down) {
+    status =
+        launch(hopper_down_kernel<T, S>, dim3(static_cast<unsigned>(work.tasks)),
+               dim3(32 * kDownWarps), kDownScratch<S::kDownTiles> * sizeof(float), stream, a, work);
+    work = {};
+  }
   if (status == 0) status = clear_counters(work, stream);
-  if (status == 0 && left != nullptr && work.tasks == 0) {
+  if (status == 0 && left != nullptr && work.tasks == 0 && !own_down) {
     const auto blocks = static_cast<unsigned>((p.m * a.padded / 2 + 255) / 256);
     status = launch(hopper_split_kernel<T>, dim3(blocks), dim3(256), 0, stream, p.up,
                     static_cast<uint32_t*>(left), p.m, a.padded);

@@ -120,7 +120,8 @@ class DownStep {
 // calls `store(token, rank, value)` for each, ranks past r included, where it is zero. The first 8
 // warps share the reduction, their sums are added in warp order; every thread of the block has to
 // call, and `scratch` is free again at the next barrier.
-template <typename T, int kTokenTiles, typename Store>
+// `kAhead`: while one step is multiplied the next is on its way.
+template <typename T, int kTokenTiles, bool kAhead, typename Store>
 __device__ __forceinline__ void down_task(const Down& p, int64_t m, int64_t first_token,
                                           int first_rank, float* scratch, const Store& store) {
   constexpr int kTokens = 8 * kTokenTiles;
@@ -130,9 +131,6 @@ __device__ __forceinline__ void down_task(const Down& p, int64_t m, int64_t firs
   const int64_t seed = p.dropout.seed != nullptr ? *p.dropout.seed : 0;
   if (warp < kDownWarps) {
     float acc[kTokenTiles][4] = {};
-    // While one step is multiplied the next is on its way. The other numbers of tokens are those of
-    // linear_tile.cuh, which has no registers left for it.
-    constexpr bool kAhead = kTokenTiles == 2;
     DownStep<T, kTokenTiles> even, odd;
     int64_t i = warp * 32 + t * 8;
     if constexpr (kAhead) even.load(p, m, first_token, first_rank, i);
@@ -178,9 +176,23 @@ struct DownWork {
   Down members[kMaxMembers];
 };
 
+// One task of all; `store(member, token, rank, value)`.
+template <typename T, int kTokenTiles, bool kAhead, typename Store>
+__device__ __forceinline__ void do_task(const DownWork& w, int task, float* scratch,
+                                        const Store& store) {
+  const int rank_task = task % w.rank_tasks;
+  const int64_t first_token = static_cast<int64_t>(task / w.rank_tasks) * (8 * kTokenTiles);
+  int i = 0;
+  while (i + 1 < w.count && rank_task >= w.first[i + 1]) ++i;
+  const Down& p = w.members[i];
+  down_task<T, kTokenTiles, kAhead>(
+      p, w.m, first_token, (rank_task - w.first[i]) * kDownRanks, scratch,
+      [&](int64_t token, int rank, float value) { store(p, token, rank, value); });
+}
+
 // Does tasks until none is left. Whoever asks first gets the next, so every task is with a CTA that
 // runs, and waiting for them (wait_for_tasks) needs no CTA to start: no matter how many fit the GPU
-// at once. `ticket` is an int in shared memory; `store(member, token, rank, value)`.
+// at once. `ticket` is an int in shared memory.
 template <typename T, int kTokenTiles, typename Store, typename Written>
 __device__ __forceinline__ void down_phase(const DownWork& w, float* scratch, int* ticket,
                                            const Store& store, const Written& written) {
@@ -190,14 +202,8 @@ __device__ __forceinline__ void down_phase(const DownWork& w, float* scratch, in
     __syncthreads();
     const int task = *ticket;
     if (task >= w.tasks) break;
-    const int rank_task = task % w.rank_tasks;
-    const int64_t first_token = static_cast<int64_t>(task / w.rank_tasks) * (8 * kTokenTiles);
-    int i = 0;
-    while (i + 1 < w.count && rank_task >= w.first[i + 1]) ++i;
-    const Down& p = w.members[i];
-    down_task<T, kTokenTiles>(
-        p, w.m, first_token, (rank_task - w.first[i]) * kDownRanks, scratch,
-        [&](int64_t token, int rank, float value) { store(p, token, rank, value); });
+    // The other numbers of tokens are those of linear_tile.cuh, which has no registers left for it.
+    do_task<T, kTokenTiles, kTokenTiles == 2>(w, task, scratch, store);
     written();
     __syncthreads();
     if (threadIdx.x == 0) publish(w.counters + 1);
