@@ -29,6 +29,8 @@ def cases() -> Iterator[Case]:
     """What a first reader asks comes first: a budget that ends early cuts the end."""
     yield from _layer(*FIRST, TOKENS)
     yield Case("quantize", *FIRST)
+    for m in (1, 16):  # decoding with an adapter that is not merged
+        yield Case("linear_lora_forward", *FIRST, m, rank=LORA_RANK)
     yield from _layer(8192, 8192, (1, 8, 16, 64, 256, 2048))
     yield Case("adamw8bit", 100_000_000, 1, 0, torch.float32)
     for n, k in (SHAPES_8B[0], SHAPES_70B[1], SHAPES_8B[2], SHAPES_70B[2]):
