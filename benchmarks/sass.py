@@ -92,11 +92,18 @@ def outer_loop(body: list[tuple[int, str]]) -> int:
     return max(starts)[1]
 
 
-def hot_path(body: list[tuple[int, str]], entry: int = 0) -> list[str]:
-    """The shortest way through a kernel without main loop that loads 16 bytes and stores.
+def hot_path(
+    body: list[tuple[int, str]],
+    entry: int = 0,
+    load: str = r"LDG\.E.*128",
+    store: str = r"STG\.E$",
+) -> list[str]:
+    """The shortest way through a kernel without main loop that loads and stores.
 
-    Of all stores the one farthest away counts. The way leaves out what most warps skip: filling a
-    table, unaligned inputs, short last blocks; and what comes before instruction ``entry``.
+    ``load`` and ``store`` match the instructions, by default a load of 16 bytes and a store of
+    four. Of all stores the one farthest away counts. The way leaves out what most warps skip:
+    filling a table, unaligned inputs, short last blocks; and what comes before instruction
+    ``entry``.
     """
     index = {address: i for i, (address, _) in enumerate(body)}
 
@@ -132,12 +139,12 @@ def hot_path(body: list[tuple[int, str]], entry: int = 0) -> list[str]:
 
     from_entry = ways(entry)
     best: list[int] = []
-    for store in places(r"STG\.E$"):
+    for last in places(store):
         candidates = []
-        for load in (i for i in places(r"LDG\.E.*128") if i in from_entry):
-            after = ways(load)
-            if store in after:
-                candidates.append([*walk(from_entry, load), *walk(after, store)[1:]])
+        for first in (i for i in places(load) if i in from_entry):
+            after = ways(first)
+            if last in after:
+                candidates.append([*walk(from_entry, first), *walk(after, last)[1:]])
         if candidates:
             best = max(best, min(candidates, key=len), key=len)
     after = ways(best[-1])

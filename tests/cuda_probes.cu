@@ -51,11 +51,6 @@ __global__ void and_or_kernel(const uint32_t* in, uint32_t* out) {
   out[threadIdx.x] = and_or(own[0], own[1], own[2]);
 }
 
-// out = in of lane `lane` of each segment of `width`.
-__global__ void shuffle_kernel(const uint32_t* in, uint32_t* out, int lane, int width) {
-  out[threadIdx.x] = __shfl_sync(0xffffffffu, in[threadIdx.x], lane, width);
-}
-
 // out[i] = [square root of in[i][0], in[i][1] / in[i][0]].
 __global__ void moderate_kernel(const float* in, float* out) {
   const int i = 2 * (blockIdx.x * 32 + threadIdx.x);
@@ -319,10 +314,6 @@ int probe_cp_async(const void* in, void* out) {
 int probe_and_or(const void* in, void* out) {
   return launch(and_or_kernel, dim3(1), dim3(32), 0, nullptr, static_cast<const uint32_t*>(in),
                 static_cast<uint32_t*>(out));
-}
-int probe_shuffle(const void* in, void* out, int lane, int width) {
-  return launch(shuffle_kernel, dim3(1), dim3(32), 0, nullptr, static_cast<const uint32_t*>(in),
-                static_cast<uint32_t*>(out), lane, width);
 }
 int probe_moderate(const void* in, void* out, int blocks) {
   return launch(moderate_kernel, dim3(blocks), dim3(32), 0, nullptr, static_cast<const float*>(in),

@@ -148,15 +148,6 @@ def test_and_or(probes: Probes) -> None:
     assert torch.equal(out.cpu(), data[:, 0] & data[:, 1] | data[:, 2])
 
 
-@pytest.mark.parametrize("width", [4, 8, 16, 32])
-def test_shuffle_within_segments(probes: Probes, width: int) -> None:
-    data = torch.arange(32, dtype=torch.int32)
-    out = torch.empty(32, dtype=torch.int32, device=probes.device)
-    for lane in (0, 3):
-        probes.call("shuffle", data.to(probes.device), out, lane, width)
-        assert torch.equal(out.cpu(), data // width * width + lane)
-
-
 def test_moderate_square_roots_and_quotients_are_rounded_as_ieee_wants(probes: Probes) -> None:
     blocks = 4096 if probes.device == "cuda" else 4
     data = torch.empty(32 * blocks, 2).uniform_(1, 2) * 2.0 ** torch.randint(

@@ -25,7 +25,7 @@ inline bool valid_layout(int block_size, int format) {
          block_size <= 4096 && (block_size & (block_size - 1)) == 0;
 }
 
-__host__ __device__ constexpr int log2_of(int power) {
+inline int log2_of(int power) {
   int shift = 0;
   while ((1 << shift) < power) ++shift;
   return shift;

@@ -41,19 +41,6 @@ __device__ __forceinline__ uint32_t and_or(uint32_t value, uint32_t mask, uint32
 #endif
 }
 
-// A value of which the compiler knows nothing more than where it is.
-template <typename T>
-__device__ __forceinline__ T opaque(T value) {
-#if !defined(NF4_EMULATE)
-  if constexpr (sizeof(T) == 8) {
-    asm("" : "+l"(value));
-  } else {
-    asm("" : "+r"(value));
-  }
-#endif
-  return value;
-}
-
 // The square root and the quotient, rounded as IEEE wants, by the sequences that nvcc uses for
 // operands of moderate size, without its branch to one for all others: several can then be under
 // way at once.

@@ -147,12 +147,6 @@ T shuffle_value(T value, int lane_mask, bool from_lane, const char* file, int li
   return value;
 }
 
-// Of __shfl_sync: lane `lane` of the segment of `width` lanes that the caller is in.
-inline int source_lane(int lane, int width = 32) {
-  const int own = static_cast<int>(current().thread.x) % 32;
-  return (own & -width) | (lane & (width - 1));
-}
-
 }  // namespace nf4::emulation
 
 #define threadIdx (::nf4::emulation::current().thread)
@@ -164,14 +158,9 @@ inline int source_lane(int lane, int width = 32) {
 #define __syncwarp() ::nf4::emulation::warp_barrier(__FILE__, __LINE__)
 #define __shfl_xor_sync(mask, value, lane_mask) \
   ::nf4::emulation::shuffle_value(value, lane_mask, false, __FILE__, __LINE__)
-#define __shfl_sync(mask, value, ...)                                                      \
-  ::nf4::emulation::shuffle_value(value, ::nf4::emulation::source_lane(__VA_ARGS__), true, \
-                                  __FILE__, __LINE__)
+#define __shfl_sync(mask, value, lane) \
+  ::nf4::emulation::shuffle_value(value, lane, true, __FILE__, __LINE__)
 
-template <typename T>
-inline T __ldg(const T* p) {
-  return *p;
-}
 template <typename T>
 inline void __stcs(T* p, T v) {
   *p = v;
