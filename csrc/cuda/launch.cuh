@@ -8,29 +8,17 @@
 
 namespace nf4::cuda {
 
-struct Device {
-  int multiprocessors;
-  int compute_capability;  // 10 * major + minor
-  int shared_bytes;        // that a block may ask for
-};
-inline Device device();
-
-struct LaunchOptions {
-  int cluster;  // CTAs next to each other that form a cluster
-  bool early;   // may begin before its predecessor has ended: wait_for_previous (ptx.cuh)
-};
-
-// Launches `kernel` on `stream` and returns the CUDA status (0 is success). Asks for the kernel's
-// dynamic shared memory where it is above the default 48 KiB. Capturable: no synchronization.
+// Launches `kernel` on `stream`, `cluster` CTAs next to each other as a cluster, and returns the
+// CUDA status (0 is success). Asks for the kernel's dynamic shared memory where it is above the
+// default 48 KiB. Capturable: no synchronization.
 template <typename... Parameters, typename... Arguments>
-int launch_with(const LaunchOptions& options, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
+int launch_clusters(void (*kernel)(Parameters...), dim3 grid, dim3 block, int cluster,
+                    size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return 0;
   std::tuple<Parameters...> converted(static_cast<Parameters>(arguments)...);
 #if defined(NF4_EMULATE)
   static_cast<void>(stream);
-  return emulation::run(grid, block, options.cluster, shared_bytes,
-                        [&] { std::apply(kernel, converted); });
+  return emulation::run(grid, block, cluster, shared_bytes, [&] { std::apply(kernel, converted); });
 #else
   const void* function = reinterpret_cast<const void*>(kernel);
   if (shared_bytes > 48 * 1024) {
@@ -45,42 +33,26 @@ int launch_with(const LaunchOptions& options, void (*kernel)(Parameters...), dim
         ((pointers[i++] = const_cast<void*>(static_cast<const void*>(&value))), ...);
       },
       converted);
-  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = attributes;
-  if (options.cluster != 1) {
-    cudaLaunchAttribute& a = attributes[config.numAttrs++];
-    a.id = cudaLaunchAttributeClusterDimension;
-    a.val.clusterDim.x = static_cast<unsigned>(options.cluster);
-    a.val.clusterDim.y = a.val.clusterDim.z = 1;
-  }
-  if (options.early && device().compute_capability >= 90) {
-    cudaLaunchAttribute& a = attributes[config.numAttrs++];
-    a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    a.val.programmaticStreamSerializationAllowed = 1;
-  }
+  config.attrs = &attribute;
+  config.numAttrs = cluster != 1;
   return cudaLaunchKernelExC(&config, function, pointers);
 #endif
 }
 
-template <typename... Parameters, typename... Arguments>
-int launch_clusters(void (*kernel)(Parameters...), dim3 grid, dim3 block, int cluster,
-                    size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
-  return launch_with({cluster, false}, kernel, grid, block, shared_bytes, stream, arguments...);
-}
-template <typename... Parameters, typename... Arguments>
-int launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-                 cudaStream_t stream, Arguments... arguments) {
-  return launch_with({1, true}, kernel, grid, block, shared_bytes, stream, arguments...);
-}
+// The same without clusters.
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
            cudaStream_t stream, Arguments... arguments) {
-  return launch_with({1, false}, kernel, grid, block, shared_bytes, stream, arguments...);
+  return launch_clusters(kernel, grid, block, 1, shared_bytes, stream, arguments...);
 }
 
 // Zeroes device memory in stream order.
@@ -93,6 +65,12 @@ inline int clear(void* p, size_t bytes, cudaStream_t stream) {
   return cudaMemsetAsync(p, 0, bytes, stream);
 #endif
 }
+
+struct Device {
+  int multiprocessors;
+  int compute_capability;  // 10 * major + minor
+  int shared_bytes;        // that a block may ask for
+};
 
 // Of the current device, asked once per device.
 inline Device device() {

@@ -141,9 +141,7 @@ __device__ __forceinline__ void stream(const FewCta<S>& cta, FewLoader<S>& loade
       uint2 words[S::kAtOnce][S::kOwnRows];
       loader.read(stage, c, words);
       if (c + S::kAtOnce == kUnitChunks) {
-#if !defined(NF4_PLANT_MISSING_STAGE_BARRIER)
         __syncwarp();  // all lanes have left the stage
-#endif
         loader.load(cta, stage);
       }
       multiply_chunks<T, S>(acc, words, table, scale, c, x, tokens, unit * kUnit, at.unit * kUnit);
@@ -225,8 +223,6 @@ __device__ __forceinline__ void run_few(const GroupArguments& all, int format,
   if (threadIdx.x < 2 * S::kPlaces) mbarrier_init(full + threadIdx.x, 1);
   Forward<T, S>::fill_table(table, format);
   for (int i = threadIdx.x; i < 256; i += S::kThreads) map[i] = kCodes8[0][i];
-  wait_for_previous();
-  let_next_begin();
   FewScales<S> scales;
   if (streams) {
 #pragma unroll

@@ -93,7 +93,7 @@ inline bool few_down_takes(const Matmul& p, int count) {
   return groups * ((p.m + 7) / 8) <= kFewGroups;
 }
 
-// Workspace: the counters, then the parts. `ranks` is the sum over all members.
+// Workspace: the counters, then the parts. `groups_of_ranks`: of all members.
 inline size_t few_down_bytes(int64_t m, int64_t c, int groups_of_ranks) {
   return kCounterBytes + (m + 7) / 8 * groups_of_ranks * (c / kFewSlice) * 32 * sizeof(float4);
 }

@@ -76,41 +76,12 @@ __device__ __forceinline__ T* in_global(T* pointer) {
   return pointer;
 }
 
-// ld.global.nc that leaves no line in L1: for what a launch reads once and does not write.
-__device__ __forceinline__ uint2 load_past_l1(const uint2* from) {
-#if defined(NF4_EMULATE)
-  return *from;
-#else
-  uint2 out;
-  asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];\n"
-      : "=r"(out.x), "=r"(out.y)
-      : "l"(__cvta_generic_to_global(from)));
-  return out;
-#endif
-}
-
-// prefetch.global.L2: the 128 bytes around an address are wanted soon. No data reaches the thread,
-// so this may come before what the bytes depend on is known to be complete.
+// prefetch.global.L2: the 128 bytes around an address are wanted soon; no data reaches the thread.
 __device__ __forceinline__ void prefetch_to_l2(const void* from) {
 #if defined(NF4_EMULATE)
   static_cast<void>(from);
 #else
   asm volatile("prefetch.global.L2 [%0];\n" ::"l"(__cvta_generic_to_global(from)));
-#endif
-}
-
-// griddepcontrol: a kernel launched by launch_early (launch.cuh) may begin while the one before it
-// on the stream still runs, once that has called let_next_begin in every block. Nothing of what
-// that one writes may be read, and nothing that it reads written, before wait_for_previous. Both do
-// nothing in other launches, and before sm_90.
-__device__ __forceinline__ void wait_for_previous() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;\n" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void let_next_begin() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
 #endif
 }
 
