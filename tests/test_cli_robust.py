@@ -208,3 +208,27 @@ def test_chat_prompts_hold_the_bos_token_once(folder: Path) -> None:
     for row in ids:
         assert row.count(tokenizer.eos_token_id) == 1
         assert row[0] == tokenizer.eos_token_id
+
+
+def test_a_command_leaves_the_progress_bars_as_they_were() -> None:
+    """Commands are functions too: a notebook that called one still sees its own bars."""
+    import datasets
+    from transformers.utils import logging
+
+    from nf4.cli.models import quiet_transformers
+
+    verbosity = logging.get_verbosity()
+    for bars in (True, False):
+        logging.enable_progress_bar()
+        with quiet_transformers(bars=bars):
+            assert logging.is_progress_bar_enabled() is bars
+            assert datasets.are_progress_bars_disabled() is not bars
+        assert logging.is_progress_bar_enabled() and not datasets.are_progress_bars_disabled()
+        assert logging.get_verbosity() == verbosity
+    logging.disable_progress_bar()
+    try:
+        with quiet_transformers(bars=False):
+            pass
+        assert not logging.is_progress_bar_enabled()
+    finally:
+        logging.enable_progress_bar()

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nf4.cli.models import model_bytes, save_folder
+from nf4.cli.models import model_bytes, quiet_transformers, save_folder
 from nf4.cli.parser import Parser
 from nf4.lora.adapter import write_atomically
 
@@ -41,14 +41,14 @@ def main(arguments: list[str]) -> int:
         shutil.rmtree(args.output)
     args.output.mkdir(parents=True, exist_ok=True)
     print(f"This takes a few minutes; stopped, it goes on where it was. Results: {args.output}/")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()  # of loading, which takes no time here
     transformers.set_seed(0)
     started = time.monotonic()
-    base = _pretrain(args.output, args.pretrain_steps)
-    adapter, finetuning = _finetune(args.output, base, args.finetune_steps)
-    print("3/3 Everything again from disk: quantize, load the adapter, generate, merge")
-    results = {**_compare(base, adapter), "fine-tuning tokens/s": finetuning["tokens_per_second"]}
+    with quiet_transformers(bars=False):  # loading takes no time here
+        base = _pretrain(args.output, args.pretrain_steps)
+        adapter, finetuning = _finetune(args.output, base, args.finetune_steps)
+        print("3/3 Everything again from disk: quantize, load the adapter, generate, merge")
+        compared = _compare(base, adapter)
+    results = {**compared, "fine-tuning tokens/s": finetuning["tokens_per_second"]}
     results["seconds"] = time.monotonic() - started
     _plot(args.output, results)
     text = json.dumps(results, indent=2, ensure_ascii=False)

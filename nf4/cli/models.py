@@ -150,25 +150,41 @@ def save_folder(target: str | Path, write: Callable[[Path], object]) -> None:
 
 
 @contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without transformers' advice on every load; progress bars only on a terminal."""
+def quiet_transformers(*, bars: bool | None = None) -> Iterator[None]:
+    """Without transformers' advice on every load.
+
+    ``bars``: progress bars of loading and mapping, by default only on a terminal.
+    """
     from transformers.utils import logging
 
     hub = std_logging.getLogger("huggingface_hub")
     before, hub_before = logging.get_verbosity(), hub.level
     logging.set_verbosity_error()
     hub.setLevel("ERROR")  # it tells of every retry
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-        with contextlib.suppress(ImportError):
-            from datasets import disable_progress_bars
-
-            disable_progress_bars()
+    shown = sys.stderr.isatty() if bars is None else bars
     try:
-        with warnings.catch_warnings():
+        with contextlib.nullcontext() if shown else _no_bars(), warnings.catch_warnings():
             # Renames to come in transformers 6, which the user of a command can do nothing about.
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
         logging.set_verbosity(before)
         hub.setLevel(hub_before)
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the progress bars of transformers and datasets; those that were on go on again."""
+    from transformers.utils import logging
+
+    with contextlib.ExitStack() as stack:
+        if logging.is_progress_bar_enabled():
+            logging.disable_progress_bar()
+            stack.callback(logging.enable_progress_bar)
+        with contextlib.suppress(ImportError):
+            import datasets
+
+            if not datasets.are_progress_bars_disabled():
+                datasets.disable_progress_bars()
+                stack.callback(datasets.enable_progress_bars)
+        yield
