@@ -5,6 +5,7 @@ batches, and compares. Run by test_distributed.py.
 """
 
 import copy
+import os
 import sys
 from pathlib import Path
 
@@ -111,7 +112,10 @@ def main() -> None:
     assert torch.isfinite(loss) and loss < before, (loss, before)
     dist.barrier()
     dist.destroy_process_group()
-    print("rank", rank, "done")
+    print("rank", rank, "done", flush=True)
+    # gloo's threads may outlive their groups, and a Python that ends under them can abort
+    # (pytorch/pytorch#179291).
+    os._exit(0)
 
 
 main()
