@@ -176,18 +176,26 @@ struct DownWork {
   Down members[kMaxMembers];
 };
 
+// The member and its first rank of the `task`-th of all rank tasks.
+struct RankTask {
+  const Down& p;
+  int first_rank;
+};
+__device__ __forceinline__ RankTask rank_task_of(const DownWork& w, int task) {
+  int i = 0;
+  while (i + 1 < w.count && task >= w.first[i + 1]) ++i;
+  return {w.members[i], (task - w.first[i]) * kDownRanks};
+}
+
 // One task of all; `store(member, token, rank, value)`.
 template <typename T, int kTokenTiles, bool kAhead, typename Store>
 __device__ __forceinline__ void do_task(const DownWork& w, int task, float* scratch,
                                         const Store& store) {
-  const int rank_task = task % w.rank_tasks;
+  const RankTask own = rank_task_of(w, task % w.rank_tasks);
   const int64_t first_token = static_cast<int64_t>(task / w.rank_tasks) * (8 * kTokenTiles);
-  int i = 0;
-  while (i + 1 < w.count && rank_task >= w.first[i + 1]) ++i;
-  const Down& p = w.members[i];
   down_task<T, kTokenTiles, kAhead>(
-      p, w.m, first_token, (rank_task - w.first[i]) * kDownRanks, scratch,
-      [&](int64_t token, int rank, float value) { store(p, token, rank, value); });
+      own.p, w.m, first_token, own.first_rank, scratch,
+      [&](int64_t token, int rank, float value) { store(own.p, token, rank, value); });
 }
 
 // Does tasks until none is left. Whoever asks first gets the next, so every task is with a CTA that

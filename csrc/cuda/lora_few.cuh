@@ -51,12 +51,8 @@ __device__ __forceinline__ void few_down(const FewDown& f) {
     const int task = for_all(lane == 0 ? take_ticket(w.counters) : 0);
     if (task >= w.tasks * f.slices) break;
     const int group = task / f.slices;
-    const int rank_task = group % w.rank_tasks;
+    const auto [p, rank] = rank_task_of(w, group % w.rank_tasks);
     const int64_t token = static_cast<int64_t>(group / w.rank_tasks) * 8;
-    int i = 0;
-    while (i + 1 < w.count && rank_task >= w.first[i + 1]) ++i;
-    const Down& p = w.members[i];
-    const int rank = (rank_task - w.first[i]) * kDownRanks;
     float4* parts = f.parts + static_cast<int64_t>(group) * f.slices * 32 + lane;
     parts[task % f.slices * 32] = few_down_part<T>(p, w.m, token, rank, task % f.slices);
     __syncwarp();
