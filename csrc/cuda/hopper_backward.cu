@@ -9,8 +9,7 @@
 // 16-bit parts, a as two parts, and of their four products the three that matter. Then the sums are
 // multiplied by the mask, and the steps of n follow. A CTA that joins a tile midway adds to it
 // what has no mask.
-#include "hopper_plan.cuh"
-#include "hopper_ring.cuh"
+#include "hopper_dx.cuh"
 #include "launch.cuh"
 #include "shared.cuh"
 #include "tensor_map.cuh"
@@ -19,62 +18,9 @@
 namespace nf4::cuda {
 namespace {
 
-// kCluster CTAs work together on the same columns and steps of n, each on tokens of its own: W is
-// read once for all of them.
-struct BackwardTile : HopperRoles {
-  static constexpr int kCluster = 2;
-  static constexpr int kHalves = 2;  // of 128 columns
-  static constexpr int kStages = 4;
-  static constexpr int kTokens = kHopperRows, kColumns = 128 * kHalves;
-  static constexpr int kTokenStage = kTokens * 2 * kHopperStep;
-  static constexpr int kBlock = 128 * kHopperStep;  // 64 columns of a step
-  static constexpr int kBlocks = kColumns / 64;
-  static_assert(kBlocks % kCluster == 0);
-  static constexpr int kWeightStage = kBlocks * kBlock;
-  static constexpr int kShared = kStages * (kTokenStage + kWeightStage) + 2 * kStages * 8;
-  static_assert(kShared <= 227 * 1024);
-
-  struct Fragments {  // as schedule.cuh stores partial results
-    static constexpr int kThreads = HopperRoles::kConsumers, kRowTiles = kHalves, kTokenTiles = 16;
-    static constexpr int kPartial = kTokens * kColumns;
-  };
-};
 using S = BackwardTile;
 
-struct BackwardArguments {
-  TensorMap token_map, weight_map;  // of grad_y and W
-  TensorMap left_map, right_map;    // of the parts of ds and a
-  Dropout dropout;
-  void* dx;
-  float* partial;
-  int64_t m, k;
-  Schedule schedule;                        // of clusters
-  int64_t column_tiles, token_tiles, band;  // of a cluster: kCluster token tiles
-  int up_steps;                             // the first of a tile's steps: ranks
-};
-
 #if defined(NF4_HOPPER_CODE)
-
-using Sums = float[S::kHalves][16][4];
-
-// Where the fragments of this thread lie in the output: acc[h][j][2 * half + e] is
-// (token + 8 * half, column + 128 h + 8 j + e).
-struct Place {
-  int64_t token, column;
-
-  __device__ Place(const BackwardArguments& p, int64_t tile) {
-    const TilePosition at = tile_position(tile, p.column_tiles, p.token_tiles, p.band);
-    const int64_t token_tile = at.token_tile * S::kCluster + blockIdx.x % S::kCluster;
-    token = token_tile * S::kTokens + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-    column = at.row_tile * S::kColumns + threadIdx.x % 4 * 2;
-  }
-};
-
-// Partial results of this CTA's place in a cluster, as many for each.
-__device__ __forceinline__ float* partials_of(const BackwardArguments& p) {
-  const int64_t slots = 2 * static_cast<int64_t>(p.schedule.ctas);
-  return p.partial + blockIdx.x % S::kCluster * slots * S::Fragments::kPartial;
-}
 
 // One thread loads every step of this CTA's tiles, as soon as the consumers have left a stage.
 __device__ __forceinline__ void produce(const BackwardArguments& p, unsigned char* tokens,
@@ -117,7 +63,7 @@ __device__ __forceinline__ void produce(const BackwardArguments& p, unsigned cha
 
 // acc += the product of 16 elements of the reduction, `left` bytes and `right` rows into a stage.
 template <typename T>
-__device__ __forceinline__ void add_product(Sums& acc, const unsigned char* tokens,
+__device__ __forceinline__ void add_product(DxSums& acc, const unsigned char* tokens,
                                             const unsigned char* weights, int left, int right) {
 #if defined(NF4_PLANT_WRONG_TRANSPOSE)
   constexpr bool kByRows = false;
@@ -132,7 +78,7 @@ __device__ __forceinline__ void add_product(Sums& acc, const unsigned char* toke
 // The columns of left and the rows of right are, twice, the high parts of 16 ranks and the low
 // ones.
 template <typename T>
-__device__ __forceinline__ void multiply_up(Sums& acc, Stages<S>& in, int steps) {
+__device__ __forceinline__ void multiply_up(DxSums& acc, Stages<S>& in, int steps) {
   multiply_steps(in, steps, [&](const unsigned char* tokens, const unsigned char* weights) {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
@@ -144,92 +90,16 @@ __device__ __forceinline__ void multiply_up(Sums& acc, Stages<S>& in, int steps)
 }
 
 template <typename T>
-__device__ __forceinline__ void multiply(Sums& acc, Stages<S>& in, int steps) {
+__device__ __forceinline__ void multiply(DxSums& acc, Stages<S>& in, int steps) {
   multiply_steps(in, steps, [&](const unsigned char* tokens, const unsigned char* weights) {
 #pragma unroll
     for (int c = 0; c < 4; ++c) add_product<T>(acc, tokens, weights, c * 32, c * 16);
   });
 }
 
-__device__ __forceinline__ void pin_sums(Sums& acc) {
+__device__ __forceinline__ void pin_sums(DxSums& acc) {
 #pragma unroll
   for (int h = 0; h < S::kHalves; ++h) wgmma_results(acc[h]);
-}
-
-// Multiplies the sums by the dropout mask. A Philox block is four neighbouring columns, which two
-// lanes share: the even one computes it for the token of its upper rows, the odd one for that of
-// its lower rows, and they exchange the bits.
-__device__ __forceinline__ void mask(Sums& acc, const BackwardArguments& p, const Place& place) {
-  const Dropout& d = p.dropout;
-  const int64_t seed = *d.seed;
-  const int odd = threadIdx.x % 2;
-  const int64_t first = (place.token + 8 * odd) * p.k + place.column - 2 * odd;
-#pragma unroll
-  for (int part = 0; part < 2 * S::kHalves; ++part) {  // 64 columns each
-    uint32_t own = 0;
-#pragma unroll 1
-    for (int j = 0; j < 8; ++j) {
-      const uint4 w = philox(seed, (first + 64 * part + 8 * j) / 4);
-      const uint32_t kept = (is_kept(d, w.x) ? 1u : 0u) | (is_kept(d, w.y) ? 2u : 0u) |
-                            (is_kept(d, w.z) ? 4u : 0u) | (is_kept(d, w.w) ? 8u : 0u);
-      own |= kept << (4 * j);
-    }
-    const uint32_t other = __shfl_xor_sync(0xffffffffu, own, 1);
-    const uint32_t bits[2] = {(odd ? other : own) >> (2 * odd), (odd ? own : other) >> (2 * odd)};
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      float (&v)[4] = acc[part / 2][part % 2 * 8 + j];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        v[i] *= bits[i / 2] >> (4 * j + i % 2) & 1 ? d.keep_scale : 0.0f;
-      }
-    }
-  }
-}
-
-// Lane t of a quad has word i of 16 bytes i; afterwards it has the four words of 16 bytes t.
-__device__ __forceinline__ void transpose4(uint32_t (&v)[4]) {
-#pragma unroll
-  for (int distance = 1; distance <= 2; distance *= 2) {
-    const bool upper = threadIdx.x & distance;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & distance) continue;
-      const uint32_t sent = upper ? v[i] : v[i + distance];
-      const uint32_t got = __shfl_xor_sync(0xffffffffu, sent, distance);
-      if (upper) {
-        v[i] = got;
-      } else {
-        v[i + distance] = got;
-      }
-    }
-  }
-}
-
-// Rounds and stores the fragments of one tile, 16 bytes a lane: 64 of each of a warp's 8 rows.
-template <typename T>
-__device__ __forceinline__ void store_tile(const Sums& acc, const BackwardArguments& p,
-                                           const Place& place) {
-  const int lane_column = threadIdx.x % 4;
-  const int64_t first = place.column - 2 * lane_column + 8 * lane_column;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int64_t token = place.token + 8 * half;
-    T* row = static_cast<T*>(p.dx) + token * p.k + first;
-#pragma unroll
-    for (int part = 0; part < 4 * S::kHalves; ++part) {  // 32 columns each
-      uint32_t v[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float (&from)[4] = acc[part / 4][part % 4 * 4 + j];
-        v[j] = pack2<T>(from[2 * half], from[2 * half + 1]);
-      }
-      transpose4(v);
-      if (token < p.m && first + 32 * part < p.k) {
-        *reinterpret_cast<uint4*>(row + 32 * part) = make_uint4(v[0], v[1], v[2], v[3]);
-      }
-    }
-  }
 }
 
 // All steps of this CTA's tiles by one warpgroup's 64 tokens.
@@ -239,24 +109,24 @@ __device__ __forceinline__ void consume(const BackwardArguments& p, Stages<S>& i
   const int64_t count = p.schedule.count(cluster);
   Cursor at(p.schedule, cluster);
   for (int64_t done = 0; done < count;) {
-    const Place place(p, at.tile);
+    const DxPlace place(p, at.tile);
     const int64_t to_end = at.steps - at.step, to_leave = count - done;
     const int steps = static_cast<int>(to_end < to_leave ? to_end : to_leave);
     const int left = p.up_steps - at.step;
     const int up_steps = left < 0 ? 0 : (left < steps ? left : steps);
-    Sums acc = {};
+    DxSums acc = {};
     if (up_steps > 0) {
       multiply_up<T>(acc, in, up_steps);
       pin_sums(acc);
-      if (p.dropout.seed != nullptr) mask(acc, p, place);
+      if (p.dropout.seed != nullptr) mask_dx(acc, p, place);
     }
     multiply<T>(acc, in, steps - up_steps);
     pin_sums(acc);
 
     if (steps == to_end && at.step == 0) {
-      store_tile<T>(acc, p, place);
+      store_dx<T>(acc, p, place);
     } else {
-      store_partial<S::Fragments>(acc, partials_of(p), partial_slot(cluster, at.step != 0),
+      store_partial<S::Fragments>(acc, partials_of<S>(p), partial_slot(cluster, at.step != 0),
                                   place.column, p.k);
     }
     done += steps;
@@ -289,16 +159,16 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 #endif
 }
 
-// Sums the partial results of one tile in CTA order.
+// DxSums the partial results of one tile in CTA order.
 template <typename T>
 __global__ void __launch_bounds__(S::kConsumers)
     hopper_backward_sum_kernel(const __grid_constant__ BackwardArguments p) {
 #if defined(NF4_HOPPER_CODE)
-  Sums acc = {};
+  DxSums acc = {};
   const int64_t tile = blockIdx.x / S::kCluster;
-  const Place place(p, tile);
-  if (sum_partials<S::Fragments>(acc, p.schedule, partials_of(p), tile, place.column, p.k)) {
-    store_tile<T>(acc, p, place);
+  const DxPlace place(p, tile);
+  if (sum_partials<S::Fragments>(acc, p.schedule, partials_of<S>(p), tile, place.column, p.k)) {
+    store_dx<T>(acc, p, place);
   }
 #endif
 }

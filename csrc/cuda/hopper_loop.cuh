@@ -10,10 +10,10 @@ namespace nf4::cuda {
 
 // Where the fragments of this thread lie in the output. The 16 rows of a warp are permuted so that
 // a thread has two neighbouring features: rows g and g + 8 of a fragment are 2 g and 2 g + 1.
-struct Place {
+struct HopperPlace {
   int64_t feature, token;  // acc[h][j][2 * half + e] is (feature + half, token + 128 h + 8 j + e)
 
-  __device__ Place(const HopperArguments& p, int64_t tile, int tile_tokens, int cluster) {
+  __device__ HopperPlace(const HopperArguments& p, int64_t tile, int tile_tokens, int cluster) {
     const TilePosition at = tile_position(tile, p.row_tiles, p.token_tiles, p.band);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int64_t row_tile = at.row_tile * cluster + blockIdx.x % cluster;
@@ -21,13 +21,6 @@ struct Place {
     token = at.token_tile * tile_tokens + lane % 4 * 2;
   }
 };
-
-// Partial results of this CTA's place in a cluster, as many for each.
-template <typename S>
-__device__ __forceinline__ float* partials_of(const HopperArguments& p) {
-  const int64_t slots = 2 * static_cast<int64_t>(p.schedule.ctas);
-  return p.partial + blockIdx.x % S::kCluster * slots * S::Fragments::kPartial;
-}
 
 // One thread loads every step of this CTA's tiles, as soon as the consumers have left a stage.
 template <typename S>
@@ -103,7 +96,7 @@ __device__ __forceinline__ void down_before(const HopperArguments& p, const Down
 // Adds the bias, rounds and stores the fragments of one tile.
 template <typename T, int kHalves>
 __device__ __forceinline__ void store_tile(const float (&acc)[kHalves][16][4],
-                                           const HopperArguments& p, const Place& place) {
+                                           const HopperArguments& p, const HopperPlace& place) {
   auto* y = static_cast<T*>(p.y);
   const int64_t feature = place.feature;
   if (feature >= p.n) return;
@@ -145,7 +138,7 @@ __device__ __forceinline__ void store_tile(const float (&acc)[kHalves][16][4],
 // that the 32 lanes' words lie in 32 banks.
 template <typename T, int kHalves>
 __device__ __forceinline__ void store_boxes(const float (&acc)[kHalves][16][4],
-                                            const HopperArguments& p, const Place& place,
+                                            const HopperArguments& p, const HopperPlace& place,
                                             unsigned char* to) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int chunk = threadIdx.x / 32 % 4 * 2 + g / 4;  // of 16 bytes in a row
@@ -183,7 +176,7 @@ __device__ __forceinline__ void store_boxes(const float (&acc)[kHalves][16][4],
 }
 
 // What weights are decoded by, in shared memory: codes (decode_step) and the map of nested scales.
-struct Tables {
+struct DecodeTables {
   const unsigned char* codes;
   const float* map;
 };
@@ -195,8 +188,8 @@ struct Tables {
 template <typename T, typename S>
 __device__ __forceinline__ void multiply_fused(float (&acc)[S::kHalves][16][4],
                                                const HopperArguments& p, Stages<S>& in,
-                                               const Tables& tables, RowScales<S::kNested>& scales,
-                                               int steps) {
+                                               const DecodeTables& tables,
+                                               RowScales<S::kNested>& scales, int steps) {
   uint32_t a[2][4][4];
   float scale[2];
   StepWords words;
@@ -293,13 +286,13 @@ __device__ __forceinline__ void multiply_up(float (&acc)[S::kHalves][16][4],
 
 // All steps of this CTA's tiles by one warpgroup's 64 rows.
 template <typename T, typename S>
-__device__ __forceinline__ void consume(const HopperArguments& p, const Tables& tables,
+__device__ __forceinline__ void consume(const HopperArguments& p, const DecodeTables& tables,
                                         Stages<S>& in, unsigned char* store) {
   const int64_t cluster = blockIdx.x / S::kCluster;
   const int64_t count = p.schedule.count(cluster);
   Cursor at(p.schedule, cluster);
   for (int64_t done = 0; done < count;) {
-    const Place place(p, at.tile, S::kTokens, S::kCluster);
+    const HopperPlace place(p, at.tile, S::kTokens, S::kCluster);
     const int64_t to_end = at.steps - at.step, to_leave = count - done;
     const int steps = static_cast<int>(to_end < to_leave ? to_end : to_leave);
     const int left = p.k_steps - at.step;

@@ -120,4 +120,11 @@ inline int64_t band_tiles(int64_t token_tiles, int64_t k) {
 inline int up_steps(const Up& up) { return (up.r + 31) / 32; }
 inline int padded_ranks(const Up& up) { return (up.r + 15) / 16 * 16; }
 
+// Partial results of this CTA's place in a cluster, as many for each.
+template <typename S, typename Arguments>
+__device__ __forceinline__ float* partials_of(const Arguments& p) {
+  const int64_t slots = 2 * static_cast<int64_t>(p.schedule.ctas);
+  return p.partial + blockIdx.x % S::kCluster * slots * S::Fragments::kPartial;
+}
+
 }  // namespace nf4::cuda

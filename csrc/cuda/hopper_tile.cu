@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   if (threadIdx.x < S::kConsumers) {
     take_registers<S::kConsumerRegisters>();
     Stages<S> in{tokens, weights, full, empty, {}};
-    consume<T, S>(p, Tables{reinterpret_cast<const unsigned char*>(table), map}, in, store);
+    consume<T, S>(p, DecodeTables{reinterpret_cast<const unsigned char*>(table), map}, in, store);
   } else {
     give_registers<S::kProducerRegisters>();
     if (threadIdx.x == S::kConsumers) produce<S>(p, work, tokens, weights, full, empty);
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(S::kConsumers)
 #if defined(NF4_HOPPER_CODE)
   float acc[S::kHalves][16][4] = {};
   const int64_t tile = blockIdx.x / S::kCluster;
-  const Place place(p, tile, S::kTokens, S::kCluster);
+  const HopperPlace place(p, tile, S::kTokens, S::kCluster);
   if (sum_partials<typename S::Fragments>(acc, p.schedule, partials_of<S>(p), tile, place.token,
                                           p.m)) {
     store_tile<T>(acc, p, place);
@@ -133,7 +133,7 @@ int encode_maps(const Matmul& p, const void* dense, const void* left, HopperArgu
   int status = encode_matrix(p.in, p.m, p.weight.k, S::kTokens / S::kCluster, &a->token_map);
   if (status != 0) return status;
   if (S::kDense) {
-    // Of each 16 rows first the even, then the odd ones: the permutation of `Place`.
+    // Of each 16 rows first the even, then the odd ones: the permutation of `HopperPlace`.
     status = encode({dense,
                      2,
                      4,
