@@ -126,11 +126,11 @@ TARGETS = (
     # A warp's 32 tokens by 64 columns of grad_y or x, for 16 ranks.
     Target(
         "lora backward, ds and db", "lora_pass",
-        r"pass_kernel<__nv_bfloat16, 1, true, true>", "HMMA", 2048, 16.0, bytes=2,
+        r"pass_kernel<__nv_bfloat16, true, true>", "HMMA", 2048, 16.0, bytes=2,
     ),
     Target(
         "lora backward, da", "lora_pass",
-        r"pass_kernel<__nv_bfloat16, 1, false, true>", "HMMA", 2048, bytes=2,
+        r"pass_kernel<__nv_bfloat16, false, true>", "HMMA", 2048, bytes=2,
     ),
     # Float32 parameters move 16 bytes an element, for which an H200 takes 96 slots.
     Target("adamw_step float32, 8 bits", "optimizer", r"adamw_kernel", "pass", 256, 90.0, bytes=16),

@@ -16,34 +16,27 @@
 namespace nf4::cuda {
 namespace {
 
-// acc[rank tile][column tile] += left^T in over the 16 tokens of a step.
-template <typename T, typename S, int kRankTiles>
-__device__ __forceinline__ void add_outer(float (&acc)[kRankTiles][kWarpColumns / 8][4],
+// acc[column tile] += left^T in over the 16 tokens of a step.
+template <typename T, typename S>
+__device__ __forceinline__ void add_outer(float (&acc)[kWarpColumns / 8][4],
                                           const unsigned char* stage, const unsigned char* left) {
   const int tile = threadIdx.x % 32 / 8, row = threadIdx.x % 8;
-  uint32_t a[kRankTiles][2][4];
+  uint32_t a[2][4];
 #pragma unroll
-  for (int rt = 0; rt < kRankTiles; ++rt) {
-#pragma unroll
-    for (int part = 0; part < 2; ++part) {
-      load_matrix_x4<true>(a[rt][part], left + part * S::kLeftPart +
-                                            (tile / 2 * 8 + row) * S::kLeftRow +
-                                            (rt * 16 + tile % 2 * 8) * 2);
-    }
+  for (int part = 0; part < 2; ++part) {
+    load_matrix_x4<true>(
+        a[part], left + part * S::kLeftPart + (tile / 2 * 8 + row) * kLeftRow + tile % 2 * 8 * 2);
   }
 #pragma unroll
   for (int np = 0; np < kColumnSteps; ++np) {
     uint32_t b[4];
     load_matrix_x4<true>(b, stage + (tile % 2 * 8 + row) * kRow + (np * 16 + tile / 2 * 8) * 2);
 #pragma unroll
-    for (int rt = 0; rt < kRankTiles; ++rt) {
+    for (int part = 0; part < 2; ++part) {
 #pragma unroll
-      for (int part = 0; part < 2; ++part) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const uint32_t x[2] = {b[half * 2], b[half * 2 + 1]};
-          mma_m16n8k16<T>(acc[rt][np * 2 + half], a[rt][part], x);
-        }
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t x[2] = {b[half * 2], b[half * 2 + 1]};
+        mma_m16n8k16<T>(acc[np * 2 + half], a[part], x);
       }
     }
   }
@@ -51,20 +44,19 @@ __device__ __forceinline__ void add_outer(float (&acc)[kRankTiles][kWarpColumns 
 
 // Where the sums of a token and a pair of ranks are in a warp's part of the reduction: neighbouring
 // tokens use other banks.
-template <typename S>
 __device__ __forceinline__ int sum_place(int token, int pair) {
-  constexpr int kRowsOfBanks = 32 / S::kRanks;
+  constexpr int kRowsOfBanks = 32 / kRanks;
   const int turn = token / kRowsOfBanks % (4 / kRowsOfBanks) * 4;
-  return token * S::kRanks + 2 * (pair ^ turn);
+  return token * kRanks + 2 * (pair ^ turn);
 }
 
 // sums[token][rank] = this warp's columns' part of in right over the 16 tokens of a step, which is
 // the `step`-th since a barrier.
-template <typename T, typename S, int kTiles>
+template <typename T>
 __device__ __forceinline__ void multiply_down(float* sums, const unsigned char* stage,
-                                              const Right<T, kTiles>& right, int step) {
+                                              const Right<T>& right, int step) {
   const int lane = threadIdx.x % 32, tile = lane / 8, row = lane % 8;
-  float acc[kTiles][4] = {};
+  float acc[kRankTiles][4] = {};
 #pragma unroll
   for (int ks = 0; ks < kColumnSteps; ++ks) {
     uint32_t a[4];
@@ -72,17 +64,17 @@ __device__ __forceinline__ void multiply_down(float* sums, const unsigned char* 
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
 #pragma unroll
-      for (int rank = 0; rank < kTiles; ++rank) {
+      for (int rank = 0; rank < kRankTiles; ++rank) {
         mma_m16n8k16<T>(acc[rank], a, right.b[ks][rank][part]);
       }
     }
   }
 #pragma unroll
-  for (int rank = 0; rank < kTiles; ++rank) {
+  for (int rank = 0; rank < kRankTiles; ++rank) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int token = step * kStep + lane / 4 + half * 8, pair = rank * 4 + lane % 4;
-      *reinterpret_cast<float2*>(sums + sum_place<S>(token, pair)) =
+      *reinterpret_cast<float2*>(sums + sum_place(token, pair)) =
           make_float2(acc[rank][2 * half], acc[rank][2 * half + 1]);
     }
   }
@@ -94,7 +86,7 @@ __device__ __forceinline__ void store_down(const PassArguments& p, const float* 
                                            int64_t column_block, int64_t first_token, int64_t end,
                                            int first_rank) {
   static_assert(S::kSums == 2 * kThreads);
-  const int within = threadIdx.x / (S::kRanks / 2), pair = threadIdx.x % (S::kRanks / 2);
+  const int within = threadIdx.x / (kRanks / 2), pair = threadIdx.x % (kRanks / 2);
   const int64_t token = first_token + within;
   const int rank = first_rank + 2 * pair;
   if (token >= end || rank >= p.r) return;
@@ -102,7 +94,7 @@ __device__ __forceinline__ void store_down(const PassArguments& p, const float* 
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) {
     const auto v =
-        *reinterpret_cast<const float2*>(reduce + w * S::kSums + sum_place<S>(within, pair));
+        *reinterpret_cast<const float2*>(reduce + w * S::kSums + sum_place(within, pair));
     total.x += v.x, total.y += v.y;
   }
   float* to = p.down + (column_block * p.m + token) * p.r + rank;
@@ -116,7 +108,7 @@ __device__ __forceinline__ void add_token_groups(Acc& acc, float* shared) {
   const int group = threadIdx.x / 32 / S::kColumnGroups;
   const int thread = threadIdx.x % (32 * S::kColumnGroups);
   constexpr int kGroupThreads = 32 * S::kColumnGroups;
-  float* own = &acc[0][0][0];
+  float* own = &acc[0][0];
   __syncthreads();  // all have left the stages
   if (group > 0) {
 #pragma unroll
@@ -135,10 +127,9 @@ __device__ __forceinline__ void add_token_groups(Acc& acc, float* shared) {
   }
 }
 
-template <typename T, int kRankTiles, bool kDown, bool kOuter>
-__global__ void __launch_bounds__(kThreads, kRankTiles == 1 ? 2 : 1)
-    pass_kernel(const PassArguments p) {
-  using S = PassShape<kRankTiles, kDown>;
+template <typename T, bool kDown, bool kOuter>
+__global__ void __launch_bounds__(kThreads, kCtas) pass_kernel(const PassArguments p) {
+  using S = PassShape<kDown>;
   constexpr bool kMasked = kOuter && !kDown;  // grad_y, which both are wanted of, has no dropout
   Carve carve;
   unsigned char* stages = carve.take<unsigned char>(kWarps * kStages * kStage);
@@ -151,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, kRankTiles == 1 ? 2 : 1)
       static_cast<int64_t>(column_block) * S::kColumns + warp % S::kColumnGroups * kWarpColumns;
   const int64_t begin = blockIdx.y * p.run;
   const int64_t end = begin + p.run < p.m ? begin + p.run : p.m;
-  const int first_rank = blockIdx.x % p.groups * S::kRanks;
+  const int first_rank = blockIdx.x % p.groups * kRanks;
   constexpr int kStepTokens = kStep * S::kTokenGroups;
   const int steps = static_cast<int>((end - begin + kStepTokens - 1) / kStepTokens);
 
@@ -164,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, kRankTiles == 1 ? 2 : 1)
   }
   LeftLoader<T, S> left;
   if constexpr (kOuter) left.load(p, begin, end, first_rank);
-  Right<T, kDown ? 2 * kRankTiles : 1> right;
+  Right<T> right;
   if constexpr (kDown) {
     if (p.right_dtype == NF4_FLOAT32) {
       right.template load<float>(p, first_column, first_rank);
@@ -175,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, kRankTiles == 1 ? 2 : 1)
     }
   }
   const int64_t seed = kMasked && p.dropout.seed != nullptr ? *p.dropout.seed : 0;
-  float acc[kOuter ? kRankTiles : 1][kWarpColumns / 8][4] = {};
+  float acc[kWarpColumns / 8][4] = {};
   if constexpr (kOuter) {
     left.store(lefts);
     __syncthreads();
@@ -205,12 +196,12 @@ __global__ void __launch_bounds__(kThreads, kRankTiles == 1 ? 2 : 1)
       if (i + kStages - 1 < steps) loader.load(p, stage == 0 ? kStages - 1 : stage - 1);
       cp_async_commit();
       if constexpr (kDown) {
-        multiply_down<T, S>(reduce + (buffer * kWarps + warp) * S::kSums, here, right, s);
+        multiply_down<T>(reduce + (buffer * kWarps + warp) * S::kSums, here, right, s);
       }
       if constexpr (kOuter) {
         add_outer<T, S>(acc, here,
                         lefts + buffer * 2 * S::kLeftPart +
-                            (s * S::kTokenGroups + token_group) * kStep * S::kLeftRow);
+                            (s * S::kTokenGroups + token_group) * kStep * kLeftRow);
       }
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
@@ -234,19 +225,16 @@ __global__ void __launch_bounds__(kThreads, kRankTiles == 1 ? 2 : 1)
     }
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
-    for (int rt = 0; rt < kRankTiles; ++rt) {
+    for (int half = 0; half < 2; ++half) {
+      const int rank = first_rank + g + half * 8;
+      if (rank >= p.r) continue;
+      float* row = p.outer + (static_cast<int64_t>(blockIdx.y) * p.r + rank) * p.c;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int rank = first_rank + rt * 16 + g + half * 8;
-        if (rank >= p.r) continue;
-        float* row = p.outer + (static_cast<int64_t>(blockIdx.y) * p.r + rank) * p.c;
-#pragma unroll
-        for (int nt = 0; nt < kWarpColumns / 8; ++nt) {
-          const int64_t column = first_column + nt * 8 + 2 * t;
-          if (column < p.c) {
-            *reinterpret_cast<float2*>(row + column) =
-                make_float2(acc[rt][nt][2 * half], acc[rt][nt][2 * half + 1]);
-          }
+      for (int nt = 0; nt < kWarpColumns / 8; ++nt) {
+        const int64_t column = first_column + nt * 8 + 2 * t;
+        if (column < p.c) {
+          *reinterpret_cast<float2*>(row + column) =
+              make_float2(acc[nt][2 * half], acc[nt][2 * half + 1]);
         }
       }
     }
@@ -290,29 +278,24 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Column blocks and runs of tokens: as many CTAs as the SMs hold at once, two each or one, but runs
-// of at least 64 tokens.
+// Column blocks and runs of tokens: as many CTAs as the SMs hold at once, but runs of at least 64
+// tokens.
 struct PassGrid {
   int64_t blocks, runs, run;
 };
+int rank_groups(int r) { return (r + kRanks - 1) / kRanks; }
 template <typename S>
 PassGrid shape_grid(const Pass& p) {
   const int64_t blocks = (p.c + S::kColumns - 1) / S::kColumns;
-  const int64_t groups = (p.r + S::kRanks - 1) / S::kRanks;
-  const int64_t slots = device().multiprocessors * (S::kRanks == 16 ? 2 : 1);
-  const int64_t wanted = std::max<int64_t>(1, slots / (blocks * groups));
+  const int64_t slots = device().multiprocessors * kCtas;
+  const int64_t wanted = std::max<int64_t>(1, slots / (blocks * rank_groups(p.r)));
   const int64_t most = std::max<int64_t>(1, std::min(wanted, p.m / 64));
   constexpr int64_t kUnit = kStep * S::kTokenGroups;
   const int64_t run = (p.m + most * kUnit - 1) / (most * kUnit) * kUnit;
   return {blocks, (p.m + run - 1) / run, run};
 }
 PassGrid pass_grid(const Pass& p) {
-  if (p.r <= 16) {
-    return p.down_out != nullptr ? shape_grid<PassShape<1, true>>(p)
-                                 : shape_grid<PassShape<1, false>>(p);
-  }
-  return p.down_out != nullptr ? shape_grid<PassShape<2, true>>(p)
-                               : shape_grid<PassShape<2, false>>(p);
+  return p.down_out != nullptr ? shape_grid<PassShape<true>>(p) : shape_grid<PassShape<false>>(p);
 }
 
 size_t rounded(size_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -320,20 +303,18 @@ size_t down_bytes(const Pass& p, const PassGrid& g) {
   return p.down_out == nullptr ? 0 : rounded(g.blocks * p.r * p.m * sizeof(float));
 }
 
-template <typename T, int kRankTiles, bool kDown, bool kOuter>
-int launch_shape(PassArguments a, const PassGrid& g, cudaStream_t stream) {
-  using S = PassShape<kRankTiles, kDown>;
-  a.groups = (a.r + S::kRanks - 1) / S::kRanks;
+template <typename T, bool kDown, bool kOuter>
+int launch_shape(const PassArguments& a, const PassGrid& g, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(g.blocks) * a.groups, static_cast<unsigned>(g.runs));
-  return launch(pass_kernel<T, kRankTiles, kDown, kOuter>, grid, dim3(kThreads), S::kShared, stream,
-                a);
+  return launch(pass_kernel<T, kDown, kOuter>, grid, dim3(kThreads), PassShape<kDown>::kShared,
+                stream, a);
 }
 
-template <typename T, int kRankTiles>
+template <typename T>
 int launch_pass(const PassArguments& a, const PassGrid& g, cudaStream_t stream) {
-  if (a.down == nullptr) return launch_shape<T, kRankTiles, false, true>(a, g, stream);
-  return a.outer == nullptr ? launch_shape<T, kRankTiles, true, false>(a, g, stream)
-                            : launch_shape<T, kRankTiles, true, true>(a, g, stream);
+  if (a.down == nullptr) return launch_shape<T, false, true>(a, g, stream);
+  return a.outer == nullptr ? launch_shape<T, true, false>(a, g, stream)
+                            : launch_shape<T, true, true>(a, g, stream);
 }
 
 unsigned sum_blocks(const Sum& s) {
@@ -358,15 +339,16 @@ size_t tile_pass_workspace(const Pass& p) {
 int tile_pass(const Pass& p, void* workspace, cudaStream_t stream) {
   const PassGrid g = pass_grid(p);
   auto* base = static_cast<unsigned char*>(workspace);
-  PassArguments a = {p.in, p.right, p.left, nullptr,       nullptr, p.m,
-                     p.c,  g.run,   p.r,    p.right_dtype, 0,       p.dropout};
+  PassArguments a = {};
+  a.in = p.in, a.right = p.right, a.left = p.left;
+  a.m = p.m, a.c = p.c, a.run = g.run;
+  a.r = p.r, a.right_dtype = p.right_dtype;
+  a.groups = static_cast<unsigned>(rank_groups(p.r));
+  a.dropout = p.dropout;
   if (p.down_out != nullptr) a.down = reinterpret_cast<float*>(base);
   if (p.outer_out != nullptr) a.outer = reinterpret_cast<float*>(base + down_bytes(p, g));
-  const auto by_ranks = [&](auto element) {
-    using T = decltype(element);
-    return p.r <= 16 ? launch_pass<T, 1>(a, g, stream) : launch_pass<T, 2>(a, g, stream);
-  };
-  const int status = p.in_dtype == NF4_FLOAT16 ? by_ranks(__half()) : by_ranks(__nv_bfloat16());
+  const int status = p.in_dtype == NF4_FLOAT16 ? launch_pass<__half>(a, g, stream)
+                                               : launch_pass<__nv_bfloat16>(a, g, stream);
   if (status != 0) return status;
   // What is kept of `in` after dropout is multiplied here.
   const float scaling = p.outer_scaling * (p.dropout.seed ? p.dropout.keep_scale : 1.0f);
