@@ -82,17 +82,21 @@ def _heading(env: Environment, rows: Sequence[Row]) -> str:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """One table per machine and instruction-set level; the last line says how to read it."""
+    """One table per machine and instruction-set level; the last line says how to read it.
+
+    On a GPU a cell holds the figures of the CUDA and the Triton kernel, in that order.
+    """
     groups: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
         env = row.environment
         groups.setdefault((env.hardware, env.isa, env.threads), []).append(row)
     parts = []
     for group in groups.values():
+        ours = "nf4 CUDA / Triton, ms" if group[0].environment.driver else "nf4, ms"
         lines = [
             _heading(group[0].environment, group),
             "",
-            "| op | weight | M | dtype | nf4, ms | of the limit | x bitsandbytes | x torch |",
+            f"| op | weight | M | dtype | {ours} | of the limit | x bitsandbytes | x torch |",
             "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: |",
         ]
         for (op, shape, tokens, dtype), contenders in sorted(
@@ -100,10 +104,8 @@ def markdown(rows: Sequence[Row]) -> str:
         ):
             if shape not in _TABLE_SHAPES:
                 continue
-            for name in _OURS:
-                if name in contenders:
-                    ours = contenders[name]
-                    lines.append(_line(op, shape, tokens, dtype, ours, contenders))
+            if any(name in contenders for name in _OURS):
+                lines.append(_line(op, shape, tokens, dtype, contenders))
         parts.append("\n".join(lines))
     note = (
         "Medians of interleaved rounds. *Limit*: the longer of the bytes at this machine's own "
@@ -124,31 +126,24 @@ def _order(op: str, shape: str, tokens: int, dtype: str) -> tuple[int, int, str,
     )
 
 
-def _line(
-    op: str,
-    shape: str,
-    tokens: int,
-    dtype: str,
-    ours: Measurement,
-    contenders: dict[str, Measurement],
-) -> str:
-    label = _NAMES[op] + ("" if ours.contender == "nf4" else f" ({ours.contender[4:]})")
-    names = _BITSANDBYTES if op != "linear_lora" else ("peft_bitsandbytes",)
-    bnb = best_peer(ours, contenders, names)
-    torch_names = ("torch_dense_lora",) if ours.rank else ("torch_dense", "torch_fused")
-    dense = best_peer(ours, contenders, torch_names)
-    limit = f"{ours.share:.0%}" if ours.limit else ""
-    cells = [
-        label,
-        shape,
-        str(tokens) if tokens else "",
-        dtype,
-        _milliseconds(ours.ms_p50) + ("*" if ours.noisy else ""),
-        limit,
-        _times(ours, bnb),
-        _times(ours, dense),
+def _line(op: str, shape: str, tokens: int, dtype: str, contenders: dict[str, Measurement]) -> str:
+    bnb_names = _BITSANDBYTES if op != "linear_lora" else ("peft_bitsandbytes",)
+    columns = []
+    for ours in (contenders[name] for name in _OURS if name in contenders):
+        torch_names = ("torch_dense_lora",) if ours.rank else ("torch_dense", "torch_fused")
+        columns.append(
+            (
+                _milliseconds(ours.ms_p50) + ("*" if ours.noisy else ""),
+                f"{ours.share:.0%}" if ours.limit else "",
+                _times(ours, best_peer(ours, contenders, bnb_names)),
+                _times(ours, best_peer(ours, contenders, torch_names)),
+            )
+        )
+    figures = [
+        " / ".join(one or "-" for one in of_each) if any(of_each) else ""
+        for of_each in zip(*columns, strict=True)
     ]
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join([_NAMES[op], shape, str(tokens or ''), dtype, *figures])} |"
 
 
 def write_between_markers(path: Path, text: str) -> None:

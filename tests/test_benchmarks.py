@@ -151,6 +151,24 @@ def test_report_is_deterministic_and_the_readme_agrees(benchmarks, tmp_path: Pat
         assert report.between_markers(readme) == table
 
 
+@pytest.mark.skipif(not RESULTS, reason="no results are committed")
+def test_a_cell_of_a_gpu_holds_cuda_before_triton(benchmarks) -> None:
+    rows = [r for r in benchmarks("results").read(RESULTS) if r.environment.driver]
+    times = {
+        r.measurement.contender: r.measurement.ms_p50
+        for r in rows
+        if (r.measurement.op, r.measurement.shape, r.measurement.m) == ("linear", "14336x4096", 8)
+    }
+    table = benchmarks("report").markdown(rows)
+    row = next(line for line in table.splitlines() if line.startswith("| linear | 14336x4096 | 8 "))
+    cells = [cell.strip() for cell in row.split("|")]
+    cuda, triton = (float(cell) for cell in cells[5].split(" / "))
+    assert cuda == pytest.approx(times["nf4_cuda"], rel=0.01)
+    assert triton == pytest.approx(times["nf4_triton"], rel=0.01)
+    peer = min(times["bitsandbytes"], times.get("bitsandbytes_eval", times["bitsandbytes"]))
+    assert float(cells[7].split("x / ")[0]) == pytest.approx(peer / cuda, rel=0.01)
+
+
 def test_missing_markers_are_an_error(benchmarks, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("no markers")
