@@ -104,6 +104,7 @@ WGMMA_WAIT = r"a wgmma still reads|a copy is still writing|race: |y: \d+ of"
 MBARRIER_WAIT = (
     r"use-after-poison|still writing|nobody wrote|race: |y: \d+ of|y: \d+ not finite|deadlock"
 )
+LOCAL_RELEASE = r"race: |still writing|still reads|use-after-poison|y: \d+ of|dx: \d+ of|deadlock"
 # A plant, the op whose test meets it, and what the named build has to say about it.
 PLANTS = [
     ("MISSING_BARRIER", "race", "linear", r"race|reads bytes that"),
@@ -136,8 +137,9 @@ PLANTS = [
     ("MISSING_WGMMA_WAIT", "asan", "dx", WGMMA_WAIT),
     ("MISSING_MBARRIER_WAIT", "race", "dx", MBARRIER_WAIT),
     # A stage given back to the own CTA alone, while the other one of the cluster copies to it.
-    ("LOCAL_RELEASE", "race", "hopper", r"race: |still writing|still reads|y: \d+ of"),
-    ("LOCAL_RELEASE", "asan", "dx", r"still writing|still reads|use-after-poison|dx: \d+ of"),
+    # The other one then waits for ever, or finds what is left of an earlier phase.
+    ("LOCAL_RELEASE", "race", "hopper", LOCAL_RELEASE),
+    ("LOCAL_RELEASE", "asan", "dx", LOCAL_RELEASE),
     # Shared memory written again while TMA stores from it.
     ("MISSING_STORE_WAIT", "race", "boxes", r"race: "),
     # Who reads s without waiting for the CTAs that compute it.
