@@ -6,12 +6,13 @@ Compiles csrc/cuda with nvcc, reads ptxas's report and the SASS, and compares wi
 table benchmarks/results/cuda_static.csv. Nothing here is a time. ``slots`` is the number of SASS
 instructions in a main loop, all branches counted, times 32 over the elements that a warp handles
 in one iteration; quantize and dequantize, which have no loop, are counted along their way
-(``hot_path``), as is one pass of adamw_step, and bitsandbytes' quantize whole. ``ceiling`` is 128 /
-slots: no SM issues more than four warp instructions a clock, so no more than this many elements a
-clock per SM can come out, whatever the memory does. ``memory`` is what an H200's memory delivers,
-in elements a clock per SM: 4.3 TB/s over 132 SMs at 1.98 GHz are 16.5 bytes a clock. Registers and
-spills of the peer are not read and stand as 0. Every kernel, in the table or not, is held to no
-spills.
+(``hot_path``), as is one pass of adamw_step, and bitsandbytes' quantize whole. Of dequantize there
+are also the slots of its unrolled body alone: what a tile twice as long adds to the way.
+``ceiling`` is 128 / slots: no SM issues more than four warp instructions a clock, so no more than
+this many elements a clock per SM can come out, whatever the memory does. ``memory`` is what an
+H200's memory delivers, in elements a clock per SM: 4.3 TB/s over 132 SMs at 1.98 GHz are 16.5 bytes
+a clock. Registers and spills of the peer are not read and stand as 0. Every kernel, in the table or
+not, is held to no spills.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -56,6 +58,8 @@ class Target:
     limit: float | None = None  # slots; None: reported only
     archs: tuple[str, ...] = ()  # that have the kernel; none named: all
     bytes: float = NF4_BYTES  # that memory moves an element
+    # (old, new) text of the source that adds ``elements`` to a warp's: only what that adds counts.
+    longer: tuple[str, str] | None = None
 
 
 def _forward(tokens: int, shape: str, elements: int, limit: float | None = None) -> Target:
@@ -92,6 +96,11 @@ TARGETS = (
         "dequantize nf4 64 bf16", "dequantize",
         r"dequantize_kernel<__nv_bfloat16, false>", "decode path", 512, 8.5,
         bytes=2.5625,
+    ),
+    Target(
+        "dequantize nf4 64 nested bf16, unrolled body", "dequantize",
+        r"dequantize_kernel<__nv_bfloat16, true>", "decode path", 512, 4.0,
+        bytes=2 + NF4_BYTES, longer=("kWarpTile = 512", "kWarpTile = 1024"),
     ),
     Target(
         "quantize nf4 64 bf16", "quantize",
@@ -190,13 +199,21 @@ class Row:
     global_accesses: int
 
 
-def compile_cubin(source: str, arch: str, directory: Path) -> tuple[Path, str]:
-    """The cubin of one file of csrc/cuda, and ptxas's report."""
-    target = directory / f"{source}_{arch}.cubin"
+def compile_cubin(
+    source: str, arch: str, directory: Path, change: tuple[str, str] | None = None
+) -> tuple[Path, str]:
+    """The cubin of one file of csrc/cuda, and ptxas's report; ``change``: (old, new) text of it."""
+    path = ROOT / "csrc" / "cuda" / f"{source}.cu"
+    if change is not None:
+        text = path.read_text()
+        if text.count(change[0]) != 1:
+            raise SystemExit(f"{path.name} must hold {change[0]!r} once")
+        path = directory / f"{source}_changed.cu"
+        path.write_text(text.replace(*change))
+    target = directory / f"{path.stem}_{arch}.cubin"
     command = ["nvcc", "-std=c++17", "-O3", "--fmad=false", "-DNF4_SM90A"]
-    command += [f"-I{ROOT / 'csrc' / 'include'}"]
-    command += ["-Xptxas", "-v", "-cubin", f"-arch=sm_{arch}", "-o", str(target)]
-    command += [str(ROOT / "csrc" / "cuda" / f"{source}.cu")]
+    command += [f"-I{ROOT / 'csrc' / 'include'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
+    command += ["-Xptxas", "-v", "-cubin", f"-arch=sm_{arch}", "-o", str(target), str(path)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise SystemExit(result.stderr)
@@ -205,8 +222,12 @@ def compile_cubin(source: str, arch: str, directory: Path) -> tuple[Path, str]:
     return target, result.stderr
 
 
-def counted(body: list[tuple[int, str]], target: Target) -> list[str]:
-    """The instructions that a target's figure is taken from."""
+def counted(body: list[tuple[int, str]], target: Target) -> Counter[str]:
+    """The opcodes of the instructions that a target's figure is taken from."""
+    return Counter(map(opcode, _instructions(body, target)))
+
+
+def _instructions(body: list[tuple[int, str]], target: Target) -> list[str]:
     if target.marker == "path":
         return hot_path(body)
     if target.marker == "decode path":
@@ -216,15 +237,32 @@ def counted(body: list[tuple[int, str]], target: Target) -> list[str]:
     return main_loop(body, target.marker) if target.marker else [text for _, text in body]
 
 
-def row(arch: str, target: Target, code: list[str], used: tuple[int, int, int]) -> Row:
-    names = Counter(opcode(text) for text in code)
+def find(code: Iterable[str], target: Target) -> str:
+    """The mangled name of a target's kernel."""
+    names = list(code)
+    for mangled, name in zip(names, demangle(names), strict=True):
+        if re.search(target.kernel, name):
+            return mangled
+    raise SystemExit(f"{target.name}: no kernel {target.kernel} among {len(names)}")
+
+
+def added(arch: str, target: Target, before: Counter[str], directory: Path) -> Counter[str]:
+    """What ``target.longer`` adds to the opcodes ``before``; some become fewer."""
+    cubin, _ = compile_cubin(target.source, arch, directory, target.longer)
+    code = functions(cubin, arch, "")
+    after = counted(code[find(code, target)], target)
+    after.subtract(before)
+    return after
+
+
+def row(arch: str, target: Target, names: Counter[str], used: tuple[int, int, int]) -> Row:
     memory = {n: c for n, c in names.items() if re.match(r"(LDG|STG|LDGSTS)\b", n)}
-    slots = len(code) * 32 / target.elements
+    slots = names.total() * 32 / target.elements
     return Row(
         arch,
         target.name,
         *used,
-        len(code),
+        names.total(),
         round(slots, 2),
         round(128 / slots, 1),
         round(BYTES_A_CLOCK / target.bytes, 1),
@@ -255,19 +293,18 @@ def measure(archs: list[str], peer: Path | None) -> list[Row]:
                 if all(t.source != source for t in targets):
                     continue
                 code = functions(cubin, arch, "")
-                names = dict(zip(demangle(list(code)), code, strict=True))
                 for target in (t for t in targets if t.source == source):
-                    name = next(m for n, m in names.items() if re.search(target.kernel, n))
-                    rows.append(row(arch, target, counted(code[name], target), used[name]))
+                    name = find(code, target)
+                    body = counted(code[name], target)
+                    if target.longer is not None:
+                        body = added(arch, target, body, Path(directory))
+                    rows.append(row(arch, target, body, used[name]))
     if spilled:
         raise SystemExit("spilled registers:\n" + "\n".join(spilled))
     if peer is not None:
         code = functions(peer, "90", "kDequantizeBlockwise|kQuantizeBlockwiseSmall|gemm_4bit")
-        names = dict(zip(demangle(list(code)), code, strict=True))
         for target in PEER_TARGETS:
-            name = next((m for n, m in names.items() if re.search(target.kernel, n)), None)
-            if name is None:
-                raise SystemExit(f"{peer.name} has no kernel {target.kernel}: {list(names)[:40]}")
+            name = find(code, target)
             rows.append(row("90", target, counted(code[name], target), (0, 0, 0)))
     return rows
 
