@@ -1,8 +1,8 @@
 """Shape -> configuration of the Triton kernels, as plain data with the reason beside it.
 
-No configuration here was timed yet: each follows from counted bytes, registers and instructions
-(benchmarks/results/triton_static.csv), and says so by naming no figure. What ``nf4 tune`` measured
-on the user's own device (``tuning_table``) comes first.
+Where a figure of an H200 stands beside a configuration, it was timed there; the others follow from
+counted bytes, registers and instructions (benchmarks/results/triton_static.csv). What ``nf4 tune``
+measured on the user's own device (``tuning_table``) comes first.
 """
 
 from __future__ import annotations
