@@ -53,6 +53,17 @@ def test_prepare_model_keeps_bytes_of_quantized_layers() -> None:
         assert type(layer) is nf4.Linear4bitLoRA and layer.weight.data_ptr() == packed.data_ptr()
 
 
+@pytest.mark.parametrize("again", [None, nf4.LoraConfig(r=2)], ids=["without", "with"])
+def test_prepare_model_again_leaves_adapters_as_they_are(again: nf4.LoraConfig | None) -> None:
+    model = nf4.prepare_model(tiny_llama(), lora=nf4.LoraConfig(r=4), progress=False)
+    before = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert before
+    nf4.prepare_model(model, lora=again, progress=False)
+    after = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert before.keys() == after.keys()
+    assert all(after[name] is p for name, p in before.items())
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_layer_over_another_one_is_it(training: bool) -> None:
     """With and without an adapter, both ways: the same bytes, settings, mode and output."""

@@ -30,12 +30,13 @@ def prepare_model(
     Every ``nn.Linear`` and transformers ``Conv1D`` becomes an ``NF4Linear``, or a
     ``Linear4bitLoRA`` where ``lora`` (an nf4 or peft ``LoraConfig``; None adds none) targets it;
     fused experts become ``NF4Experts``, and what ``quantization`` says of embeddings and head.
-    Layers that are quantized already keep their bytes. All other parameters are frozen, but for
-    the biases that ``lora.bias`` names. ``fuse`` computes adapters that share an input (q/k/v and
-    gate/up of Llama, Mistral, Qwen 2 and Qwen 3) by one ``nf4.linear_lora_group`` call; names and
-    saved files stay the same, and the repr of a layer says where it does not apply. Peak memory is
-    the model's plus one layer. Returns ``model``. Raises ValueError when ``lora`` targets nothing,
-    for a tied head that is to be quantized without its table, and for NaN or infinite weights,
+    Layers that are quantized already keep their bytes, and adapters that are there already stay as
+    they are. All other parameters are frozen, but for the biases that ``lora.bias`` names. ``fuse``
+    computes adapters that share an input (q/k/v and gate/up of Llama, Mistral, Qwen 2 and Qwen 3)
+    by one ``nf4.linear_lora_group`` call; names and saved files stay the same, and the repr of a
+    layer says where it does not apply. Peak memory is the model's plus one layer. Returns
+    ``model``. Raises ValueError when ``lora`` targets nothing, for a tied head that is to be
+    quantized without its table, and for NaN or infinite weights,
     naming the module.
     """
     quantization = quantization or NF4Config()
@@ -48,7 +49,8 @@ def prepare_model(
             f"nf4.prepare_model: lora.target_modules must match a linear layer, "
             f"got {lora.target_modules!r} (layers: {some})"
         )
-    model.requires_grad_(False)
+    for _, parameter in _without_adapters(model):
+        parameter.requires_grad_(False)
     for name in _bar(names, "Quantizing", progress):
         old = model.get_submodule(name)
         target = lora is not None and lora.targets(name)
@@ -187,6 +189,11 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, Linear4bitLoRA]]:
             yield name, module
 
 
+def _without_adapters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    adapters = {id(p) for _, m in adapter_layers(model) for p in (m.lora_A, m.lora_B)}
+    return [(name, p) for name, p in model.named_parameters() if id(p) not in adapters]
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """``(trainable, all)`` parameters, a quantized weight counted by its elements."""
     packed: dict[int, int] = {}
@@ -221,8 +228,7 @@ def prepare_for_qlora(model: nn.Module) -> nn.Module:
     checkpoints without reentrancy, so no input needs a gradient. Adapters stay trainable, and so
     do the biases that train in a model that is frozen already, which ``LoraConfig.bias`` asked for.
     """
-    adapters = {id(p) for _, m in adapter_layers(model) for p in (m.lora_A, m.lora_B)}
-    rest = [(name, p) for name, p in model.named_parameters() if id(p) not in adapters]
+    rest = _without_adapters(model)
     frozen = not any(p.requires_grad for name, p in rest if not _is_bias(name))
     for name, parameter in rest:
         if not (frozen and _is_bias(name)):
