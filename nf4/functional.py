@@ -134,8 +134,10 @@ def _prepare_x(op: str, x: Tensor, q: QuantizedTensor) -> Tensor:
         raise ValueError(f"{op}: x must be on {q.device} like q, got {x.device}")
     if not x.is_floating_point():
         raise TypeError(f"{op}: x must be a floating-point tensor, got {x.dtype}")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    kind = x.device.type
+    # The meta device has no autocast, not even to ask for.
+    if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
+        x = x.to(torch.get_autocast_dtype(kind))
     return x
 
 

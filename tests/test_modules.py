@@ -213,3 +213,36 @@ def test_compiles_without_a_graph_break(settings: dict) -> None:
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for got, want in zip(step(compiled), expected, strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("kind", ["NF4Linear", "Linear4bitLoRA", "NF4Embedding"])
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+def test_exports_and_loads_again(kind: str, strict: bool) -> None:
+    torch._dynamo.reset()
+    x: torch.Tensor = torch.randn(3, 100)
+    module: nn.Module = _layer()
+    if kind == "NF4Linear":
+        module = nf4.NF4Linear.from_linear(nn.Linear(100, 48))
+    elif kind == "NF4Embedding":
+        module, x = nf4.NF4Embedding.from_embedding(nn.Embedding(20, 32)), torch.arange(7)
+    expected = module.eval()(x)
+    rows = torch.export.Dim("rows")
+    file = io.BytesIO()
+    torch.export.save(
+        torch.export.export(module, (x,), dynamic_shapes=({0: rows},), strict=strict), file
+    )
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    assert torch.equal(loaded(x), expected)
+    assert torch.equal(loaded(x[:2]), module(x[:2]))
+    assert torch.equal(module(x), expected)  # tracing left nothing behind
+
+
+def test_meta_tensors_pass_through() -> None:
+    """Shapes and dtypes without memory, as ``nn.Linear`` gives them."""
+    layer = _layer().to("meta")
+    x = torch.randn(2, 3, 100, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    y = layer(x)
+    assert y.device.type == "meta" and y.shape == (2, 3, 48) and y.dtype is torch.bfloat16
+    y.sum().backward()
+    assert layer.lora_A.grad.shape == (4, 100) and x.grad.shape == x.shape

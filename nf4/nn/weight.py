@@ -77,7 +77,7 @@ class QuantizedWeight(nn.Module):
         # Every forward asks: nn.Module finds a buffer by name in 1.3 us, its dict in 0.04.
         buffers = self._buffers
         return QuantizedTensor(
-            self.weight.data,
+            self.weight.detach(),
             buffers["weight_absmax"],  # type: ignore[arg-type]
             buffers["weight_nested_absmax"],
             buffers["weight_offset"],
