@@ -19,7 +19,8 @@ from torch import nn
 
 from nf4.integrations.peft_experts import ParamWrapper, check_merge
 from nf4.integrations.peft_layer import LoraNF4, MergeSettings
-from nf4.integrations.private_names import PEFT_HOOKS, resolve
+from nf4.integrations.peft_methods import OverNF4, create_new_module, find_dim
+from nf4.integrations.private_names import PEFT_HOOKS, PEFT_METHODS, PEFT_SIZES, Name, resolve
 from nf4.lora.merge import Base, base_reader
 from nf4.lora.merge import merge_and_unload as to_16bit
 from nf4.nn import NF4Embedding, NF4Experts
@@ -40,17 +41,29 @@ def install() -> None:
         _prepare_for_kbit_training,
     )
     for hook, wrap in zip(PEFT_HOOKS, wrappers, strict=True):
-        owner, name = resolve(hook)
-        original = getattr(owner, name)
-        if getattr(original, "_nf4", False):
-            continue
-        wrapped = functools.wraps(original)(wrap(original))
-        wrapped._nf4 = True  # type: ignore[attr-defined]
-        is_static = isinstance(vars(owner).get(name), staticmethod)
-        setattr(owner, name, staticmethod(wrapped) if is_static else wrapped)
-        if name == "prepare_model_for_kbit_training":  # re-exported by name
+        wrapped = _wrap(hook, wrap)
+        if hook[1] == "prepare_model_for_kbit_training":  # re-exported by name
             for holder in ("peft.utils", "peft"):
-                setattr(importlib.import_module(holder), name, wrapped)
+                setattr(importlib.import_module(holder), hook[1], wrapped)
+    for package, model, _ in PEFT_METHODS:
+        module = f"peft.tuners.{package}.model"
+        _wrap((module, f"{model}._create_new_module"), create_new_module)
+        _wrap((module, f"{model}._unload_and_optionally_merge"), _unload_and_optionally_merge)
+    for hook in PEFT_SIZES:
+        _wrap(hook, find_dim)
+
+
+def _wrap(hook: Name, wrap: Callable[..., Any]) -> Any:
+    """Put ``wrap`` of what ``hook`` names in its place, once; returns what is there then."""
+    owner, name = resolve(hook)
+    original = getattr(owner, name)
+    if getattr(original, "_nf4", False):
+        return original
+    wrapped = functools.wraps(original)(wrap(original))
+    wrapped._nf4 = True  # type: ignore[attr-defined]
+    is_static = isinstance(vars(owner).get(name), staticmethod)
+    setattr(owner, name, staticmethod(wrapped) if is_static else wrapped)
+    return wrapped
 
 
 # dispatch
@@ -201,7 +214,8 @@ def _merge_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _unload_and_optionally_merge(original: Callable[..., Any]) -> Callable[..., Any]:
     def unload(self: Any, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
-        ours = merge and any(isinstance(m, (LoraNF4, ParamWrapper)) for m in self.model.modules())
+        kinds = (LoraNF4, ParamWrapper, OverNF4)
+        ours = merge and any(isinstance(m, kinds) for m in self.model.modules())
         if ours:
             check_merge(self.model)
             _announce(self.model, whole_model=True)

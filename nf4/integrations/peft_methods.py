@@ -1,0 +1,136 @@
+"""PEFT's methods beside LoRA over ``NF4Linear``: those that it has for bitsandbytes' 4-bit layers.
+
+AdaLoRA, (IA)^3, OFT, RandLoRA, RoAd and VeRA compute ``base_layer(x)`` and what they change of x or
+of the result apart, so what PEFT makes for an ``nn.Linear`` serves. It is shown one while it makes
+its layer (``_StandIn``), and merges into a 16-bit copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners import tuners_utils
+from peft.tuners.adalora.layer import SVDLinear
+from peft.tuners.ia3.layer import Linear as Ia3Linear
+from peft.tuners.oft.layer import Linear as OftLinear
+from peft.tuners.randlora.layer import Linear as RandLoraLinear
+from peft.tuners.road.layer import Linear as RoadLinear
+from peft.tuners.vera.layer import Linear as VeraLinear
+from torch import Tensor, nn
+
+from nf4.nn.linear import Linear4bitLoRA, NF4Linear
+
+
+class OverNF4:
+    """What PEFT's layers need to stand over an ``NF4Linear``.
+
+    ``merge`` puts a 16-bit ``nn.Linear``, merged in float32 and rounded once, in the place of the
+    base layer; ``unmerge`` puts the ``NF4Linear`` back, whose bytes never changed.
+    """
+
+    base_layer: Any
+    merged: Any
+    merged_adapters: Any
+    # The base layer of a merged layer; in a tuple, lest it be a submodule.
+    _quantized: tuple[NF4Linear] | None = None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        # Some methods return the dtype of their own parameters.
+        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        names = tuners_utils.check_adapters_to_merge(self, adapter_names)  # type: ignore[arg-type]
+        if not names:
+            return
+        if self._quantized is None:
+            self._quantized = (self.base_layer,)
+            self.base_layer = self.base_layer.to_linear(torch.float32)
+        self.base_layer.float()  # where another adapter is merged already
+        try:
+            super().merge(safe_merge, names)  # type: ignore[misc]
+        finally:
+            if self.merged:
+                self.base_layer.to(self._quantized[0].weight_dtype)
+            else:
+                self.unmerge()
+
+    def unmerge(self) -> None:
+        self.merged_adapters.clear()
+        if self._quantized is not None:
+            (self.base_layer,), self._quantized = self._quantized, None
+
+
+class AdaLoraNF4(OverNF4, SVDLinear): ...
+
+
+class Ia3NF4(OverNF4, Ia3Linear): ...
+
+
+class OftNF4(OverNF4, OftLinear): ...
+
+
+class RandLoraNF4(OverNF4, RandLoraLinear): ...  # type: ignore[misc]
+
+
+class RoadNF4(OverNF4, RoadLinear): ...
+
+
+class VeraNF4(OverNF4, VeraLinear): ...
+
+
+_LAYERS: dict[type, type] = {cls.__mro__[2]: cls for cls in OverNF4.__subclasses__()}
+
+
+class _StandIn(nn.Linear):
+    """An ``nn.Linear`` of a layer's sizes, over its packed codes."""
+
+    def __init__(self, layer: NF4Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        # An integer dtype, so PEFT leaves its own parameters in float32.
+        self.weight = layer.weight
+        self.register_parameter("bias", layer.bias)
+
+
+def create_new_module(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """``_create_new_module`` of a method's model, for targets that are ``NF4Linear`` too."""
+
+    def create(*args: Any, **kwargs: Any) -> nn.Module:
+        base = next((a for a in args if isinstance(a, NF4Linear)), None)
+        if base is None:
+            return original(*args, **kwargs)
+        if isinstance(base, Linear4bitLoRA):
+            raise ValueError(
+                "nf4: PEFT needs an NF4Linear without an adapter of its own (prepare_model without "
+                "lora makes them), got Linear4bitLoRA"
+            )
+        layer = original(*(_StandIn(base) if a is base else a for a in args), **kwargs)
+        layer.base_layer = base
+        layer.__class__ = _LAYERS[type(layer)]
+        return layer
+
+    return create
+
+
+def find_dim(original: Callable[..., tuple[int, int]]) -> Callable[..., tuple[int, int]]:
+    """``_find_dim`` of VeRA and RandLoRA: the largest ``(out, in)`` of all targets."""
+
+    def find(self: Any, config: Any) -> tuple[int, int]:
+        settings = self._prepare_adapter_config(config, self.get_model_config(self.model))
+        settings = tuners_utils._maybe_include_all_linear_layers(settings, self.model)
+        shapes = [
+            tuple(module.weight_shape)
+            for name, module in self.model.named_modules()
+            if isinstance(module, NF4Linear) and self._check_target_module_exists(settings, name)
+        ]
+        try:
+            shapes.append(original(self, config))
+        except ValueError:  # no target is an nn.Linear
+            if not shapes:
+                raise
+        return max(out for out, _ in shapes), max(in_ for _, in_ in shapes)
+
+    return find
