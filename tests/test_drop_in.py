@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent
 # The tests' own process may have several threads of everything; these run beside each other.
 ENVIRONMENT = {
     **os.environ,
-    "PYTHONPATH": os.pathsep.join([str(ROOT.parent), os.environ.get("PYTHONPATH", "")]),
+    "PYTHONPATH": os.pathsep.join([str(ROOT.parent), str(ROOT), os.environ.get("PYTHONPATH", "")]),
     "OMP_NUM_THREADS": "1",
 }
 
@@ -206,6 +206,44 @@ def test_beside_an_installed_bitsandbytes(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     tiny.llama().save_pretrained(tmp_path)
     python("-c", PRESENT, str(tmp_path))
+
+
+METHODS = (
+    ABSENT
+    + """
+import nf4.drop_in
+import sys
+import peft, tiny, torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+targets = {"target_modules": ["q_proj", "down_proj"]}
+configs = [
+    peft.AdaLoraConfig(total_step=9, **targets),
+    peft.IA3Config(feedforward_modules=["down_proj"], **targets),
+    peft.OFTConfig(r=0, oft_block_size=8, **targets),
+    peft.RandLoraConfig(r=4, **targets),
+    peft.RoadConfig(group_size=16, **targets),
+    peft.VeraConfig(r=4, **targets),
+]
+ids = tiny.token_ids(2)
+for config in configs:
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(
+        sys.argv[1], quantization_config=settings, dtype=torch.bfloat16
+    )
+    model = peft.get_peft_model(peft.prepare_model_for_kbit_training(model), config).train()
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    merged = model.merge_and_unload()
+    assert type(merged.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    assert not hasattr(merged, "is_loaded_in_4bit")
+print("methods", len(configs))
+"""
+)
+
+
+def test_other_methods_than_lora(tmp_path: Path) -> None:
+    tiny.llama().save_pretrained(tmp_path)
+    assert value(python("-c", METHODS, str(tmp_path)), "methods") == "6"
 
 
 def test_the_launcher_explains_itself(tmp_path: Path) -> None:

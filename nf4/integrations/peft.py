@@ -10,7 +10,7 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import peft.tuners.lora.layer as peft_layers
@@ -220,13 +220,25 @@ def _unload_and_optionally_merge(original: Callable[..., Any]) -> Callable[..., 
             check_merge(self.model)
             _announce(self.model, whole_model=True)
         tied = _adapted_tied_heads(self.model) if ours else []
-        model = original(self, merge, *args, **kwargs)
+        with _not_in_4bit(self.model) if ours else nullcontext():
+            model = original(self, merge, *args, **kwargs)
         _untie(model, tied)
         if ours and LoraNF4.merge_settings.into == "16bit":
             _dequantize_rest(model)
         return model
 
     return unload
+
+
+@contextmanager
+def _not_in_4bit(model: Any) -> Iterator[None]:
+    """Without the mark of bitsandbytes' models, which (IA)^3 refuses to merge."""
+    marked = vars(model).pop("is_loaded_in_4bit", None)
+    try:
+        yield
+    finally:
+        if marked is not None:
+            model.is_loaded_in_4bit = marked
 
 
 def _adapted_tied_heads(model: nn.Module) -> list[str]:
