@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -143,3 +145,28 @@ def test_a_layer_with_an_adapter_of_its_own_is_refused(config: Any) -> None:
     model = nf4.prepare_model(tiny.llama(torch.float32), lora=lora, progress=False)
     with pytest.raises(ValueError, match="without an adapter of its own"):
         peft.get_peft_model(model, config())
+
+
+def test_a_method_that_moved_is_named_and_leaves_the_rest(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from nf4.integrations import peft as integration
+
+    moved = (("elsewhere", "ElsewhereModel", "Linear"), ("road", "MovedModel", "Linear"))
+    monkeypatch.setattr(integration, "PEFT_METHODS", moved)
+    integration.install()
+    assert "PEFT's elsewhere cannot stand over NF4Linear" in caplog.text
+    assert "must have MovedModel" in caplog.text
+    peft.get_peft_model(base(torch.float32), METHODS["road"]())
+
+
+@pytest.mark.parametrize("first", ["import peft", "", "import nf4"])
+def test_the_integration_may_be_imported_before_peft(first: str) -> None:
+    script = f"""{first}
+from nf4.integrations.peft import merge_and_unload
+from peft.tuners.lora.model import LoraModel
+from peft.tuners.road.model import RoadModel
+assert LoraModel._create_new_module._nf4 and RoadModel._create_new_module._nf4
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

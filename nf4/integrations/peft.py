@@ -19,7 +19,7 @@ from torch import nn
 
 from nf4.integrations.peft_experts import ParamWrapper, check_merge
 from nf4.integrations.peft_layer import LoraNF4, MergeSettings
-from nf4.integrations.peft_methods import OverNF4, create_new_module, find_dim
+from nf4.integrations.peft_methods import OverNF4, create_new_module, find_dim, serve
 from nf4.integrations.private_names import PEFT_HOOKS, PEFT_METHODS, PEFT_SIZES, Name, resolve
 from nf4.lora.merge import Base, base_reader
 from nf4.lora.merge import merge_and_unload as to_16bit
@@ -31,7 +31,10 @@ logger = logging.getLogger(__name__)
 
 
 def install() -> None:
-    """Wrap what ``PEFT_HOOKS`` lists, once. Raises ImportError, with the release, if one moved."""
+    """Wrap what ``PEFT_HOOKS`` lists, once, and the models of ``PEFT_METHODS``.
+
+    Raises ImportError, with the release, if a hook of LoRA moved; warns of another method's.
+    """
     wrappers = (
         _create_new_module,
         _unload_and_optionally_merge,
@@ -45,12 +48,17 @@ def install() -> None:
         if hook[1] == "prepare_model_for_kbit_training":  # re-exported by name
             for holder in ("peft.utils", "peft"):
                 setattr(importlib.import_module(holder), hook[1], wrapped)
-    for package, model, _ in PEFT_METHODS:
+    for package, model, layer in PEFT_METHODS:
         module = f"peft.tuners.{package}.model"
-        _wrap((module, f"{model}._create_new_module"), create_new_module)
-        _wrap((module, f"{model}._unload_and_optionally_merge"), _unload_and_optionally_merge)
-    for hook in PEFT_SIZES:
-        _wrap(hook, find_dim)
+        try:
+            serve(package, layer)
+            _wrap((module, f"{model}._create_new_module"), create_new_module)
+            _wrap((module, f"{model}._unload_and_optionally_merge"), _unload_and_optionally_merge)
+            for hook in PEFT_SIZES:
+                if hook[0] == module:
+                    _wrap(hook, find_dim)
+        except ImportError as error:  # LoRA works without the others
+            logger.warning("nf4: PEFT's %s cannot stand over NF4Linear: %s", package, error)
 
 
 def _wrap(hook: Name, wrap: Callable[..., Any]) -> Any:
@@ -344,3 +352,6 @@ def init_loftq(model: Any, base: Base, adapter_name: str = "default", iterations
     assert read is not None
     for layer in layers:
         layer.init_loftq(adapter_name, read(layer._target_name), iterations)
+
+
+install()  # for those who import this module before PEFT

@@ -12,14 +12,9 @@ from typing import Any
 
 import torch
 from peft.tuners import tuners_utils
-from peft.tuners.adalora.layer import SVDLinear
-from peft.tuners.ia3.layer import Linear as Ia3Linear
-from peft.tuners.oft.layer import Linear as OftLinear
-from peft.tuners.randlora.layer import Linear as RandLoraLinear
-from peft.tuners.road.layer import Linear as RoadLinear
-from peft.tuners.vera.layer import Linear as VeraLinear
 from torch import Tensor, nn
 
+from nf4.integrations.private_names import resolve
 from nf4.nn.linear import Linear4bitLoRA, NF4Linear
 
 
@@ -63,25 +58,21 @@ class OverNF4:
             (self.base_layer,), self._quantized = self._quantized, None
 
 
-class AdaLoraNF4(OverNF4, SVDLinear): ...
+# The class over NF4Linear of each of PEFT's layer classes.
+_CLASSES: dict[type, type] = {}
 
 
-class Ia3NF4(OverNF4, Ia3Linear): ...
+def serve(package: str, layer: str) -> None:
+    """Make the class that stands over ``NF4Linear`` for the ``layer`` of a method's package.
 
-
-class OftNF4(OverNF4, OftLinear): ...
-
-
-class RandLoraNF4(OverNF4, RandLoraLinear): ...  # type: ignore[misc]
-
-
-class RoadNF4(OverNF4, RoadLinear): ...
-
-
-class VeraNF4(OverNF4, VeraLinear): ...
-
-
-_LAYERS: dict[type, type] = {cls.__mro__[2]: cls for cls in OverNF4.__subclasses__()}
+    Raises ImportError, with the release, where PEFT has no such layer.
+    """
+    owner, name = resolve((f"peft.tuners.{package}.layer", layer))
+    theirs = getattr(owner, name)
+    ours = f"{package.capitalize()}NF4"
+    if ours not in globals():
+        globals()[ours] = type(ours, (OverNF4, theirs), {"__module__": __name__})
+    _CLASSES[theirs] = globals()[ours]  # pickle looks for it in this module
 
 
 class _StandIn(nn.Linear):
@@ -109,7 +100,7 @@ def create_new_module(original: Callable[..., nn.Module]) -> Callable[..., nn.Mo
             )
         layer = original(*(_StandIn(base) if a is base else a for a in args), **kwargs)
         layer.base_layer = base
-        layer.__class__ = _LAYERS[type(layer)]
+        layer.__class__ = _CLASSES[type(layer)]
         return layer
 
     return create

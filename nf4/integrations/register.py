@@ -23,4 +23,7 @@ def register() -> None:
 
 
 def _install(integration: str, package: ModuleType) -> None:
-    importlib.import_module(integration).install()
+    module = importlib.import_module(integration)
+    # One that is being imported, and so imported its package, installs at its own end.
+    if hasattr(module, "install"):
+        module.install()
