@@ -19,10 +19,11 @@ from torch import nn
 import nf4
 
 peft = pytest.importorskip("peft")
-TARGETS = ["q_proj", "v_proj", "down_proj"]
+FEEDFORWARD = ["down_proj", "fc2"]  # of Llama, and of OPT, whose layers have biases
+TARGETS = ["q_proj", "v_proj", *FEEDFORWARD]
 METHODS: dict[str, Callable[[], Any]] = {
     "adalora": lambda: peft.AdaLoraConfig(target_modules=TARGETS, total_step=10, init_r=4),
-    "ia3": lambda: peft.IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
+    "ia3": lambda: peft.IA3Config(target_modules=TARGETS, feedforward_modules=FEEDFORWARD),
     "oft": lambda: peft.OFTConfig(target_modules=TARGETS, r=0, oft_block_size=8),
     "randlora": lambda: peft.RandLoraConfig(target_modules=TARGETS, r=4),
     "road": lambda: peft.RoadConfig(target_modules=TARGETS, group_size=16),
@@ -80,8 +81,13 @@ def test_it_computes_what_it_does_over_dense_weights(config: Any, dtype: torch.d
         assert far(grad, expected[name].grad) < (1e-4 if dtype is torch.float32 else 0.1), name
 
 
-def test_merging_and_back(config: Any) -> None:
-    model = adapted(base(torch.float32), config()).eval()
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_merging_and_back(config: Any, kind: str) -> None:
+    plain = nf4.prepare_model(getattr(tiny, kind)(torch.float32), progress=False)
+    for module in plain.modules():
+        if isinstance(module, nf4.NF4Linear) and module.bias is not None:
+            nn.init.normal_(module.bias)
+    model = adapted(plain, config()).eval()
     layers = [m for m in model.modules() if isinstance(m, nf4.NF4Linear)]
     codes = [layer.weight.clone() for layer in layers]
     ids = tiny.token_ids(3)
