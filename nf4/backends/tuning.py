@@ -8,7 +8,7 @@ measured on the user's own device (``tuning_table``) comes first.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 
 from nf4.backends import tuning_table
 from nf4.backends.tuning_table import Key, MatmulConfig
@@ -106,6 +106,7 @@ def tensor_cores(itemsize: int, target: Target) -> bool:
     return itemsize == 2 and target.capability >= 80
 
 
+@lru_cache
 def _split(
     programs: int,
     steps: int,
@@ -306,6 +307,7 @@ def _spills_wide_accumulators() -> bool:
     return triton.__version__.startswith("3.7.")
 
 
+@lru_cache
 def lora_down(m: int, k: int, r: int, itemsize: int, target: Target) -> MatmulConfig:
     """Tiles of x A^T; ``block_n`` tiles the rank."""
     block_n = lora_tile(r)
@@ -322,6 +324,7 @@ def lora_down(m: int, k: int, r: int, itemsize: int, target: Target) -> MatmulCo
     return MatmulConfig(block_m, block_n, block_k, warps, stages, split)
 
 
+@lru_cache
 def lora_grad_y(m: int, n: int, r: int, itemsize: int, target: Target) -> MatmulConfig:
     """``lora_grad`` of the pass over grad_y, which writes partial sums of ds for each tile of n."""
     plan = lora_grad(m, n, r, False, itemsize, target)
@@ -336,6 +339,7 @@ def lora_grad_y(m: int, n: int, r: int, itemsize: int, target: Target) -> Matmul
     return replace(plan, block_n=block_n, num_warps=8, split=split)
 
 
+@lru_cache
 def lora_grad(
     m: int, features: int, r: int, dropout: bool, itemsize: int, target: Target
 ) -> MatmulConfig:
