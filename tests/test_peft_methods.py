@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from checkpoints import quantized, save_model
 from torch import nn
 
 import nf4
@@ -119,6 +120,23 @@ def test_merge_and_unload_makes_a_plain_model(config: Any, tmp_path: Path) -> No
     assert torch.equal(again(input_ids=ids).logits, after)
 
 
+def test_a_tied_head_is_untied_by_merging(tmp_path: Path) -> None:
+    """As with LoRA: tied again when it is loaded, the head would lose the adapter."""
+    model = quantized(save_model("llama-tied", tmp_path / "16bit"), embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    targets = peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[])
+    ids = tiny.token_ids(3)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of tied layers
+        model = adapted(model, targets).eval()
+        before = model(input_ids=ids).logits
+        merged = model.merge_and_unload()
+        assert merged.lm_head.weight is not merged.model.embed_tokens.weight
+        merged.save_pretrained(tmp_path / "merged")
+        again = type(merged).from_pretrained(tmp_path / "merged")
+        assert far(again(input_ids=ids).logits, before) < 1e-5
+
+
 def test_files_copies_and_pickles(config: Any, tmp_path: Path) -> None:
     plain = base(torch.float32)
     fresh = copy.deepcopy(plain)
@@ -158,11 +176,12 @@ def test_a_method_that_moved_is_named_and_leaves_the_rest(
 ) -> None:
     from nf4.integrations import peft as integration
 
-    moved = (("elsewhere", "ElsewhereModel", "Linear"), ("road", "MovedModel", "Linear"))
+    names = ("_create_new_module",)
+    moved = (("elsewhere", "ElsewhereModel", "Linear", names), ("road", "Moved", "Linear", names))
     monkeypatch.setattr(integration, "PEFT_METHODS", moved)
     integration.install()
     assert "PEFT's elsewhere cannot stand over NF4Linear" in caplog.text
-    assert "must have MovedModel" in caplog.text
+    assert "must have Moved._create_new_module" in caplog.text
     peft.get_peft_model(base(torch.float32), METHODS["road"]())
 
 

@@ -18,13 +18,14 @@ import torch
 from torch import nn
 
 from nf4.integrations.peft_experts import ParamWrapper, check_merge
-from nf4.integrations.peft_layer import LoraNF4, MergeSettings
-from nf4.integrations.peft_methods import OverNF4, create_new_module, find_dim, serve
-from nf4.integrations.private_names import PEFT_HOOKS, PEFT_METHODS, PEFT_SIZES, Name, resolve
+from nf4.integrations.peft_layer import LoraNF4
+from nf4.integrations.peft_merging import MergeSettings, OverNF4
+from nf4.integrations.peft_methods import check_target, create_new_module, find_dim, serve
+from nf4.integrations.private_names import PEFT_HOOKS, PEFT_METHODS, Name, resolve
 from nf4.lora.merge import Base, base_reader
 from nf4.lora.merge import merge_and_unload as to_16bit
 from nf4.nn import NF4Embedding, NF4Experts
-from nf4.nn.linear import Linear4bitLoRA, NF4Linear
+from nf4.nn.linear import NF4Linear
 from nf4.nn.weight import QuantizedWeight
 
 logger = logging.getLogger(__name__)
@@ -48,15 +49,16 @@ def install() -> None:
         if hook[1] == "prepare_model_for_kbit_training":  # re-exported by name
             for holder in ("peft.utils", "peft"):
                 setattr(importlib.import_module(holder), hook[1], wrapped)
-    for package, model, layer in PEFT_METHODS:
-        module = f"peft.tuners.{package}.model"
+    of_methods = {
+        "_create_new_module": create_new_module,
+        "_unload_and_optionally_merge": _unload_and_optionally_merge,
+        "_find_dim": find_dim,
+    }
+    for package, model, layer, names in PEFT_METHODS:
         try:
             serve(package, layer)
-            _wrap((module, f"{model}._create_new_module"), create_new_module)
-            _wrap((module, f"{model}._unload_and_optionally_merge"), _unload_and_optionally_merge)
-            for hook in PEFT_SIZES:
-                if hook[0] == module:
-                    _wrap(hook, find_dim)
+            for name in names:
+                _wrap((f"peft.tuners.{package}.model", f"{model}.{name}"), of_methods[name])
         except ImportError as error:  # LoRA works without the others
             logger.warning("nf4: PEFT's %s cannot stand over NF4Linear: %s", package, error)
 
@@ -90,11 +92,7 @@ def _create_new_module(original: Callable[..., nn.Module]) -> Callable[..., nn.M
                 layers.ParamWrapper = theirs
         if not isinstance(base, NF4Linear) or kwargs.get("parameter_name") is not None:
             return original(lora_config, adapter_name, target, **kwargs)
-        if isinstance(base, Linear4bitLoRA):
-            raise ValueError(
-                "nf4: PEFT needs an NF4Linear without an adapter of its own (prepare_model without "
-                f"lora makes them), got Linear4bitLoRA at {kwargs.get('target_name')}"
-            )
+        check_target(base, f" at {kwargs.get('target_name')}")
         # PEFT's own way in for other layers, which a saved adapter config does not keep.
         saved = lora_config._custom_modules
         lora_config._custom_modules = {NF4Linear: LoraNF4}
@@ -222,8 +220,7 @@ def _merge_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _unload_and_optionally_merge(original: Callable[..., Any]) -> Callable[..., Any]:
     def unload(self: Any, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
-        kinds = (LoraNF4, ParamWrapper, OverNF4)
-        ours = merge and any(isinstance(m, kinds) for m in self.model.modules())
+        ours = merge and any(isinstance(m, (OverNF4, ParamWrapper)) for m in self.model.modules())
         if ours:
             check_merge(self.model)
             _announce(self.model, whole_model=True)
@@ -254,8 +251,9 @@ def _adapted_tied_heads(model: nn.Module) -> list[str]:
     tables = [m.weight for m in model.modules() if isinstance(m, NF4Embedding)]
     return [
         name
-        for name, layer in lora_layers(model)
-        if any((layer._unmerged or layer.base_layer).weight is table for table in tables)
+        for name, layer in model.named_modules()
+        if isinstance(layer, OverNF4)
+        and any((layer._unmerged or layer.base_layer).weight is table for table in tables)
     ]
 
 

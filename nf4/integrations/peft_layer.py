@@ -5,18 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from nf4 import functional
+from nf4.integrations.peft_merging import OverNF4, requantize
 from nf4.lora.merge import base_reader
 from nf4.nn.linear import NF4Linear
-from nf4.tensor import QuantizedTensor
 
 # Variants that read the base weight, if at all, through dequantize_module_weight. The others
 # write to it as a float tensor (KaSA), or make adapters of its dtype.
@@ -29,15 +27,6 @@ _VARIANTS = {
 }
 
 
-@dataclass(frozen=True)
-class MergeSettings:
-    """What ``LoraNF4.merge`` makes: "16bit" or "nf4", from which base, in which dtype."""
-
-    into: str = "16bit"
-    base: Any = None
-    dtype: torch.dtype | None = None
-
-
 class _Fused(NamedTuple):
     """The arguments of one fused call."""
 
@@ -48,21 +37,17 @@ class _Fused(NamedTuple):
     dropout_p: float
 
 
-class LoraNF4(PeftLinear):
+class LoraNF4(OverNF4, PeftLinear):
     """PEFT's ``lora.Linear`` whose base layer is an ``NF4Linear``.
 
     With one active plain LoRA adapter the forward is one fused ``nf4.linear_lora`` call, dropout
     included; ``unfused_reason()`` and the repr say when and why it is PEFT's own forward over the
     fused base layer instead. The weights start as float32 whatever the base's dtype.
 
-    ``merge`` puts a 16-bit ``nn.Linear`` of ``W + sum of deltas``, summed in float32 and rounded
-    once, in the place of the base layer (nf4.integrations.peft chooses otherwise); ``unmerge`` puts
-    the ``NF4Linear`` back, whose bytes never changed. Initialisations that take from the base
+    Initialisations that take from the base
     weight (PiSSA, OLoRA, CorDA, orthogonal, LoRA-GA) see it dequantized, and what they leave of it
     is quantized again.
     """
-
-    merge_settings = MergeSettings()
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         self._target_name: str = kwargs.get("target_name") or ""
@@ -156,97 +141,10 @@ class LoraNF4(PeftLinear):
         reason = self.unfused_reason()
         return "fused" if reason is None else f"not fused: {reason}"
 
-    # merge
-
     def get_delta_weight(self, adapter: str) -> Tensor:
         """``scaling * B A`` ``[out, in]`` in float32, whatever the adapter's dtype."""
         a, b = self._pair(adapter)
         return self.scaling[adapter] * (b.float() @ a.float())
-
-    @property
-    def _unmerged(self) -> NF4Linear | None:
-        """The base layer from before ``merge``. Kept out of the module tree: its bytes are no part
-        of a state dict or of a parameter count."""
-        return self.__dict__.get("_unmerged_layer")
-
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge adapters (None: the active ones) into the layer, as the class says."""
-        if self.__dict__.get("_dense", False):  # PEFT's own steps over the float32 layer
-            return super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.lora_A]
-        if not names:
-            return None
-        names = [*self.merged_adapters, *names]
-        base = self._unmerged or self.base_layer
-        if not isinstance(base, NF4Linear):
-            raise TypeError(
-                f"nf4.merge: the base layer of {self._target_name or 'a layer'} must be an "
-                f"NF4Linear, got {type(base).__name__}"
-            )
-        dense = self._dense_layer(base)
-        self.base_layer, self.merged_adapters = dense, []
-        self.__dict__["_dense"] = True
-        try:
-            super().merge(safe_merge=safe_merge, adapter_names=names)
-            merged = self._from_dense(dense, base)
-        except BaseException:
-            self._restore(base)
-            raise
-        finally:
-            self.__dict__["_dense"] = False
-        self.base_layer, self.__dict__["_unmerged_layer"] = merged, base
-        return None
-
-    def unmerge(self) -> None:
-        """Put back the base layer from before ``merge``: every byte as it was."""
-        if self.__dict__.get("_dense", False):
-            return super().unmerge()
-        if self._unmerged is None:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return None
-        self._restore(self._unmerged)
-        return None
-
-    def _restore(self, base: NF4Linear) -> None:
-        device = cast(Tensor, self.base_layer.weight).device
-        if device != base.weight.device:
-            base.to(device)
-        self.base_layer, self.merged_adapters = base, []
-        self.__dict__.pop("_unmerged_layer", None)
-
-    def _dense_layer(self, base: NF4Linear) -> nn.Linear:
-        """A float32 ``nn.Linear`` of the weight that the adapters are added to."""
-        settings = self.merge_settings
-        weight = None if settings.base is None else settings.base(self._target_name)
-        if weight is None:
-            weight = base.dequantize(torch.float32)
-        else:
-            weight = weight.to(base.weight.device, torch.float32, copy=True)
-            weight = weight.T.contiguous() if base.fan_in_fan_out else weight
-        dense = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-        dense.weight = nn.Parameter(weight, requires_grad=False)
-        if base.bias is not None:
-            bias = base.bias.detach().to(torch.float32, copy=True)
-            dense.bias = nn.Parameter(bias, requires_grad=False)
-        return dense
-
-    def _from_dense(self, dense: nn.Linear, base: NF4Linear) -> nn.Module:
-        """What the merged layer becomes, by ``merge_settings``."""
-        settings = self.merge_settings
-        dtype = settings.dtype or base.weight_dtype
-        bias = None if dense.bias is None else dense.bias.detach()
-        if settings.into == "nf4":
-            q = _requantize(dense.weight, base.q)
-            if bias is not None and base.bias is not None:
-                bias = bias.to(base.bias.dtype)
-            return NF4Linear.from_quantized(
-                q, bias, compute_dtype=base.compute_dtype, fan_in_fan_out=base.fan_in_fan_out
-            ).train(base.training)
-        layer = base.with_weight(dense.weight.detach().to(dtype))
-        if bias is not None:
-            layer.bias = nn.Parameter(bias.to(dtype))
-        return layer.requires_grad_(False)
 
     # initialisation from the base weight
 
@@ -263,7 +161,7 @@ class LoraNF4(PeftLinear):
         finally:
             base.set_quantized(q)
         if not torch.equal(after, before):
-            base.set_quantized(_requantize(after, q))
+            base.set_quantized(requantize(after, q))
 
     def pissa_init(self, *args: Any) -> None:
         with self._dequantized_base():
@@ -327,7 +225,7 @@ class LoraNF4(PeftLinear):
         rank, scaling = self.r[adapter_name], self.scaling[adapter_name]
         q, low_rank = base.q, torch.zeros_like(weight)
         for _ in range(iterations):
-            q = _requantize(weight - low_rank, base.q)
+            q = requantize(weight - low_rank, base.q)
             u, s, v = torch.linalg.svd(
                 weight - functional.dequantize(q, torch.float32), full_matrices=False
             )
@@ -338,14 +236,6 @@ class LoraNF4(PeftLinear):
         # On the meta device the values come from a file later.
         if not lora_a.is_meta:
             lora_a.data, lora_b.data = a.to(lora_a), b.to(lora_b)
-
-
-def _requantize(weight: Tensor, like: QuantizedTensor) -> QuantizedTensor:
-    """``weight`` quantized in the layout of ``like``."""
-    q = functional.quantize(
-        weight, block_size=like.block_size, double_quant=like.nested, format=like.format
-    )
-    return replace(q, dtype=like.dtype)
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -14,48 +14,17 @@ import torch
 from peft.tuners import tuners_utils
 from torch import Tensor, nn
 
+from nf4.integrations.peft_merging import OverNF4
 from nf4.integrations.private_names import resolve
 from nf4.nn.linear import Linear4bitLoRA, NF4Linear
 
 
-class OverNF4:
-    """What PEFT's layers need to stand over an ``NF4Linear``.
-
-    ``merge`` puts a 16-bit ``nn.Linear``, merged in float32 and rounded once, in the place of the
-    base layer; ``unmerge`` puts the ``NF4Linear`` back, whose bytes never changed.
-    """
-
-    base_layer: Any
-    merged: Any
-    merged_adapters: Any
-    # The base layer of a merged layer; in a tuple, lest it be a submodule.
-    _quantized: tuple[NF4Linear] | None = None
+class OtherMethod(OverNF4):
+    """``OverNF4`` of the methods beside LoRA, some of which return their own parameters' dtype."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        # Some methods return the dtype of their own parameters.
         return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        names = tuners_utils.check_adapters_to_merge(self, adapter_names)  # type: ignore[arg-type]
-        if not names:
-            return
-        if self._quantized is None:
-            self._quantized = (self.base_layer,)
-            self.base_layer = self.base_layer.to_linear(torch.float32)
-        self.base_layer.float()  # where another adapter is merged already
-        try:
-            super().merge(safe_merge, names)  # type: ignore[misc]
-        finally:
-            if self.merged:
-                self.base_layer.to(self._quantized[0].weight_dtype)
-            else:
-                self.unmerge()
-
-    def unmerge(self) -> None:
-        self.merged_adapters.clear()
-        if self._quantized is not None:
-            (self.base_layer,), self._quantized = self._quantized, None
 
 
 # The class over NF4Linear of each of PEFT's layer classes.
@@ -71,7 +40,7 @@ def serve(package: str, layer: str) -> None:
     theirs = getattr(owner, name)
     ours = f"{package.capitalize()}NF4"
     if ours not in globals():
-        globals()[ours] = type(ours, (OverNF4, theirs), {"__module__": __name__})
+        globals()[ours] = type(ours, (OtherMethod, theirs), {"__module__": __name__})
     _CLASSES[theirs] = globals()[ours]  # pickle looks for it in this module
 
 
@@ -86,6 +55,15 @@ class _StandIn(nn.Linear):
         self.register_parameter("bias", layer.bias)
 
 
+def check_target(layer: NF4Linear, where: str = "") -> None:
+    """Refuse a ``Linear4bitLoRA``, which has an adapter of its own."""
+    if isinstance(layer, Linear4bitLoRA):
+        raise ValueError(
+            "nf4: PEFT needs an NF4Linear without an adapter of its own (prepare_model without "
+            f"lora makes them), got Linear4bitLoRA{where}"
+        )
+
+
 def create_new_module(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """``_create_new_module`` of a method's model, for targets that are ``NF4Linear`` too."""
 
@@ -93,11 +71,7 @@ def create_new_module(original: Callable[..., nn.Module]) -> Callable[..., nn.Mo
         base = next((a for a in args if isinstance(a, NF4Linear)), None)
         if base is None:
             return original(*args, **kwargs)
-        if isinstance(base, Linear4bitLoRA):
-            raise ValueError(
-                "nf4: PEFT needs an NF4Linear without an adapter of its own (prepare_model without "
-                "lora makes them), got Linear4bitLoRA"
-            )
+        check_target(base)
         layer = original(*(_StandIn(base) if a is base else a for a in args), **kwargs)
         layer.base_layer = base
         layer.__class__ = _CLASSES[type(layer)]

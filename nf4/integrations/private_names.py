@@ -65,29 +65,25 @@ PEFT_HOOKS: tuple[Name, ...] = (
     ("peft.peft_model", "PeftModel.get_nb_trainable_parameters"),
     ("peft.utils.other", "prepare_model_for_kbit_training"),
 )
-# PEFT's other methods that peft_methods.py serves: package, model and layer.
-PEFT_METHODS: tuple[tuple[str, str, str], ...] = (
-    ("adalora", "AdaLoraModel", "SVDLinear"),
-    ("ia3", "IA3Model", "Linear"),
-    ("oft", "OFTModel", "Linear"),
-    ("randlora", "RandLoraModel", "Linear"),
-    ("road", "RoadModel", "Linear"),
-    ("vera", "VeraModel", "Linear"),
-)
-# Wrapped there too: the sizes of projections that the layers of a model share.
-PEFT_SIZES: tuple[Name, ...] = (
-    ("peft.tuners.randlora.model", "RandLoraModel._find_dim"),
-    ("peft.tuners.vera.model", "VeraModel._find_dim"),
+_OF_METHODS = ("_create_new_module", "_unload_and_optionally_merge")
+# PEFT's other methods that peft_methods.py serves: package, model, layer, and what is wrapped of
+# the model.
+PEFT_METHODS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
+    ("adalora", "AdaLoraModel", "SVDLinear", _OF_METHODS),
+    ("ia3", "IA3Model", "Linear", _OF_METHODS),
+    ("oft", "OFTModel", "Linear", _OF_METHODS),
+    ("randlora", "RandLoraModel", "Linear", (*_OF_METHODS, "_find_dim")),
+    ("road", "RoadModel", "Linear", _OF_METHODS),
+    ("vera", "VeraModel", "Linear", (*_OF_METHODS, "_find_dim")),
 )
 PEFT: tuple[Name, ...] = (
     *PEFT_HOOKS,
-    *((f"peft.tuners.{package}.layer", layer) for package, _, layer in PEFT_METHODS),
+    *((f"peft.tuners.{package}.layer", layer) for package, _, layer, _ in PEFT_METHODS),
     *(
         (f"peft.tuners.{package}.model", f"{model}.{name}")
-        for package, model, _ in PEFT_METHODS
-        for name in ("_create_new_module", "_unload_and_optionally_merge")
+        for package, model, _, names in PEFT_METHODS
+        for name in names
     ),
-    *PEFT_SIZES,
     ("peft.tuners.vera.model", "VeraModel._prepare_adapter_config"),
     ("peft.tuners.vera.model", "VeraModel._check_target_module_exists"),
     ("peft.tuners.vera.model", "VeraModel.get_model_config"),

@@ -36,8 +36,7 @@ def prepare_model(
     by one ``nf4.linear_lora_group`` call; names and saved files stay the same, and the repr of a
     layer says where it does not apply. Peak memory is the model's plus one layer. Returns
     ``model``. Raises ValueError when ``lora`` targets nothing, for a tied head that is to be
-    quantized without its table, and for NaN or infinite weights,
-    naming the module.
+    quantized without its table, and for NaN or infinite weights, naming the module.
     """
     quantization = quantization or NF4Config()
     lora = None if lora is None else LoraConfig.coerce(lora)
